@@ -1,0 +1,116 @@
+package audit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// Sink stores entries in order as the next rows of the log, all or none, and
+// returns the number of the first when they are durable. It is called from one
+// goroutine. After an error the caller does not know whether they were stored
+// (a commit can fail after it took effect); the sink itself finds out by
+// reading the last row before it numbers the next, so that there is never a gap.
+type Sink func(ctx context.Context, entries [][]byte) (first int64, err error)
+
+// maxBatch bounds the entries of one commit, and commitTimeout how long one may take.
+const (
+	maxBatch      = 1024
+	commitTimeout = 5 * time.Second
+)
+
+// ErrClosed is returned by Append after Close.
+var ErrClosed = errors.New("audit log is closed")
+
+// Log commits entries in groups: all that wait while one commit runs go into
+// the next, so a durable record costs each request its share of one fsync.
+// It is safe for concurrent use.
+type Log struct {
+	sink Sink
+
+	// mu guards closed and is held in Append only for the time of handing over,
+	// never during a commit; it makes a send on a closed channel impossible.
+	mu     sync.RWMutex
+	closed bool
+	queue  chan *pending
+	done   chan struct{}
+}
+
+type pending struct {
+	entry []byte
+	row   int64
+	err   error
+	ready chan struct{}
+}
+
+// New starts a log over sink. Close it.
+func New(sink Sink) *Log {
+	l := &Log{sink: sink, queue: make(chan *pending, maxBatch), done: make(chan struct{})}
+	go l.run()
+	return l
+}
+
+// Append records e and returns its row once it is durable. There is no context:
+// a caller that hangs up cannot cancel a record. After an error it is unknown
+// whether the entry was stored; the caller must release nothing. What that
+// leaves at worst is a record of a signature that nobody got.
+func (l *Log) Append(e Entry) (row int64, err error) {
+	p := &pending{entry: e.Canonical(), ready: make(chan struct{})}
+	l.mu.RLock()
+	if l.closed {
+		l.mu.RUnlock()
+		return 0, ErrClosed
+	}
+	l.queue <- p
+	l.mu.RUnlock()
+	<-p.ready
+	return p.row, p.err
+}
+
+// Close waits for every entry that Append has taken to be committed.
+func (l *Log) Close() {
+	l.mu.Lock()
+	if !l.closed {
+		l.closed = true
+		close(l.queue)
+	}
+	l.mu.Unlock()
+	<-l.done
+}
+
+func (l *Log) run() {
+	defer close(l.done)
+	batch := make([]*pending, 0, maxBatch)
+	entries := make([][]byte, 0, maxBatch)
+	for first := range l.queue {
+		batch, entries = append(batch[:0], first), append(entries[:0], first.entry)
+	gather:
+		for len(batch) < maxBatch {
+			select {
+			case p, ok := <-l.queue:
+				if !ok {
+					break gather
+				}
+				batch, entries = append(batch, p), append(entries, p.entry)
+			default:
+				break gather
+			}
+		}
+		l.commit(batch, entries)
+	}
+}
+
+func (l *Log) commit(batch []*pending, entries [][]byte) {
+	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
+	defer cancel()
+	row, err := l.sink(ctx, entries)
+	if err != nil {
+		err = fmt.Errorf("recording %d audit entries: %w", len(batch), err)
+	}
+	for i, p := range batch {
+		p.row, p.err = row+int64(i), err
+		close(p.ready)
+	}
+}

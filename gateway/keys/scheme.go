@@ -1,0 +1,130 @@
+package keys
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"math/big"
+
+	"github.com/signwarden/signwarden/gateway/sigerr"
+)
+
+// Scheme is how a key signs a digest.
+type Scheme string
+
+// The schemes. EdDSA signs the digest's bytes as its message, as OpenPGP wants
+// it (RFC 9580 section 5.2.3.3).
+const (
+	PKCS1v15 Scheme = "rsa-pkcs1v15"
+	PSS      Scheme = "rsa-pss"
+	ECDSA    Scheme = "ecdsa"
+	EdDSA    Scheme = "eddsa"
+)
+
+// schemes lists what each algorithm can do, its usual scheme first.
+var schemes = map[Algorithm][]Scheme{
+	RSA2048: {PKCS1v15, PSS},
+	RSA3072: {PKCS1v15, PSS},
+	RSA4096: {PKCS1v15, PSS},
+	P256:    {ECDSA},
+	P384:    {ECDSA},
+	Ed25519: {EdDSA},
+}
+
+// SchemeFor returns want where a can do it, a's usual scheme where want is
+// empty, and else an error that wraps [sigerr.Invalid].
+func SchemeFor(a Algorithm, want Scheme) (Scheme, error) {
+	can := schemes[a]
+	if want == "" && len(can) > 0 {
+		return can[0], nil
+	}
+	for _, s := range can {
+		if s == want {
+			return s, nil
+		}
+	}
+	return "", fmt.Errorf("%w: a key of algorithm %s cannot sign with scheme %q; it can with %v", sigerr.Invalid, a, want, can)
+}
+
+// Hashes are the hashes that are signed, by the names used in policies. SHA-1
+// and everything else is refused everywhere.
+var Hashes = map[string]crypto.Hash{
+	"sha256": crypto.SHA256,
+	"sha384": crypto.SHA384,
+	"sha512": crypto.SHA512,
+}
+
+// HashName returns the name of a hash that is signed, or "".
+func HashName(h crypto.Hash) string {
+	for name, hh := range Hashes {
+		if hh == h {
+			return name
+		}
+	}
+	return ""
+}
+
+// Options returns what to pass to a token for scheme s over a digest of h.
+func (s Scheme) Options(h crypto.Hash) crypto.SignerOpts {
+	switch s {
+	case PSS:
+		return &rsa.PSSOptions{Hash: h, SaltLength: rsa.PSSSaltLengthEqualsHash}
+	case EdDSA:
+		return crypto.Hash(0)
+	}
+	return h
+}
+
+// Verify checks a signature as it leaves the gateway: RSA as long as the
+// modulus, ECDSA as r||s of equal width, Ed25519 in 64 bytes.
+func Verify(pub crypto.PublicKey, s Scheme, h crypto.Hash, digest, sig []byte) error {
+	switch k := pub.(type) {
+	case *rsa.PublicKey:
+		if len(sig) != k.Size() {
+			return fmt.Errorf("signature has %d bytes, the modulus %d", len(sig), k.Size())
+		}
+		switch s {
+		case PKCS1v15:
+			return rsa.VerifyPKCS1v15(k, h, digest, sig)
+		case PSS:
+			return rsa.VerifyPSS(k, h, digest, sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash})
+		}
+	case *ecdsa.PublicKey:
+		if s != ECDSA {
+			break
+		}
+		der, err := ECDSAToASN1(k, sig)
+		if err != nil {
+			return err
+		}
+		if !ecdsa.VerifyASN1(k, digest, der) {
+			return errors.New("signature does not verify")
+		}
+		return nil
+	case ed25519.PublicKey:
+		if s != EdDSA {
+			break
+		}
+		if !ed25519.Verify(k, digest, sig) {
+			return errors.New("signature does not verify")
+		}
+		return nil
+	}
+	return fmt.Errorf("scheme %q does not fit a %T", s, pub)
+}
+
+// ECDSAToASN1 turns r||s into the DER that [crypto.Signer] is to return
+// (RFC 3279 section 2.2.3).
+func ECDSAToASN1(pub *ecdsa.PublicKey, raw []byte) ([]byte, error) {
+	n := (pub.Curve.Params().N.BitLen() + 7) / 8
+	if len(raw) != 2*n {
+		return nil, fmt.Errorf("signature has %d bytes, want r and s of %d each", len(raw), n)
+	}
+	return asn1.Marshal(struct{ R, S *big.Int }{
+		new(big.Int).SetBytes(raw[:n]), new(big.Int).SetBytes(raw[n:]),
+	})
+}

@@ -1,0 +1,237 @@
+// Package policy decides who may do what with which key. It is pure: rules and
+// a question in, a decision out; no clock, no I/O, no state. What no rule
+// allows is denied, and there is no rule that denies: the order of rules does
+// not change what is allowed, only which rule is named.
+package policy
+
+import (
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Action is what a caller wants with a key.
+type Action string
+
+// The actions. Admin is to create a key of that name and to enable, disable
+// and read it; for "*" it is also to change these rules and to read the audit log.
+const (
+	Sign  Action = "sign"
+	Read  Action = "read"
+	Admin Action = "admin"
+)
+
+// Formats is what a signature can be for.
+var Formats = []string{
+	"openpgp", "rpm", "kmod", "authenticode", "efi-variable", "cms", "ima",
+	"ssh-sig", "ssh-auth", "cosign", "pkcs11",
+}
+
+// Rule allows some principals some actions on some keys.
+type Rule struct {
+	Name string
+	// Principals are exact names or globs in the manner of path.Match: a '*'
+	// does not cross a '/', so "*" is no SPIFFE id.
+	Principals []string
+	// Keys are exact names or globs.
+	Keys []string
+	May  []Action
+	// Formats that may be signed, or "*". Needed with Sign.
+	Formats []string
+	// Blind allows to sign a digest: one that arrives without the bytes it was
+	// made of. The gateway then has only the caller's word for its format.
+	Blind bool
+	// Hashes that may have made the digest; empty: all that are signed at all.
+	Hashes []string
+	// NotBefore and NotAfter bound when the rule holds; zero: unbounded.
+	NotBefore, NotAfter time.Time
+	// Rate bounds the signatures that each principal gets with each key by this
+	// rule; zero: unbounded.
+	Rate Rate
+}
+
+// Rate is a token bucket: Count signatures at once, refilled in Per.
+type Rate struct {
+	Count int
+	Per   time.Duration
+}
+
+// Query is one question.
+type Query struct {
+	Principal string
+	Key       string
+	Action    Action
+	Now       time.Time
+
+	// For Sign:
+	Format string
+	Blind  bool
+	Hash   string // as in Rule.Hashes
+}
+
+// Decision is the answer to a Query.
+type Decision struct {
+	Allowed bool
+	Rule    string // the rule that allows it; empty where none does
+	Reason  string // why not; empty where allowed
+	Rate    Rate
+}
+
+// Rules is a checked set of rules. It is immutable and safe for concurrent use.
+// The zero value denies everything.
+type Rules struct {
+	rules []Rule
+}
+
+// Len is the number of rules.
+func (r *Rules) Len() int { return len(r.rules) }
+
+// Allow answers q. Where no rule allows it, the reason is that of the rule that
+// came closest, in the words of a person who has to change the policy.
+func (r *Rules) Allow(q Query) Decision {
+	best := noRule
+	for i := range r.rules {
+		rule := &r.rules[i]
+		m := rule.refuses(q)
+		if m.step == allowed {
+			return Decision{Allowed: true, Rule: rule.Name, Rate: rule.Rate}
+		}
+		if m.step > best.step {
+			best = m
+			best.text = fmt.Sprintf("rule %q %s", rule.Name, m.text)
+		}
+	}
+	return Decision{Reason: best.text}
+}
+
+// Sees reports whether a principal may know that a key exists: some rule that
+// holds now gives it some action on that key.
+func (r *Rules) Sees(principal, key string, now time.Time) bool {
+	for i := range r.rules {
+		rule := &r.rules[i]
+		if matches(rule.Principals, principal) && matches(rule.Keys, key) && rule.holds(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// MaySignSome reports whether a principal may sign something with a key now.
+func (r *Rules) MaySignSome(principal, key string, now time.Time) bool {
+	for i := range r.rules {
+		rule := &r.rules[i]
+		if slices.Contains(rule.May, Sign) && matches(rule.Principals, principal) &&
+			matches(rule.Keys, key) && rule.holds(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// MayAdministerAll reports whether a principal is an administrator of
+// everything: some rule gives it Admin on the key "*", spelled so.
+func (r *Rules) MayAdministerAll(principal string, now time.Time) Decision {
+	for i := range r.rules {
+		rule := &r.rules[i]
+		if slices.Contains(rule.May, Admin) && slices.Contains(rule.Keys, "*") &&
+			matches(rule.Principals, principal) && rule.holds(now) {
+			return Decision{Allowed: true, Rule: rule.Name}
+		}
+	}
+	return Decision{Reason: fmt.Sprintf("no rule gives %q admin on all keys (keys: [\"*\"])", principal)}
+}
+
+// Explain tells for each rule, in order, what it says to q.
+func (r *Rules) Explain(q Query) []string {
+	out := make([]string, 0, len(r.rules))
+	for i := range r.rules {
+		m := r.rules[i].refuses(q)
+		text := m.text
+		if m.step == allowed {
+			text = "allows it"
+		}
+		out = append(out, fmt.Sprintf("%s: %s", r.rules[i].Name, text))
+	}
+	return out
+}
+
+// step orders how far a query came in a rule; Allow tells of the furthest.
+type step int
+
+const (
+	passedNothing step = iota
+	passedPrincipal
+	passedKey
+	passedAction
+	passedFormat
+	passedHash
+	passedBlind
+	allowed
+)
+
+type match struct {
+	step step
+	text string
+}
+
+var noRule = match{step: passedNothing, text: "no rule names this principal"}
+
+// refuses tells at which step the rule turns q away, or allowed.
+func (r *Rule) refuses(q Query) match {
+	switch {
+	case !matches(r.Principals, q.Principal):
+		return match{passedNothing, "is not for this principal"}
+	case !matches(r.Keys, q.Key):
+		return match{passedPrincipal, "is not for this key"}
+	case !slices.Contains(r.May, q.Action):
+		return match{passedKey, fmt.Sprintf("does not give %s", q.Action)}
+	}
+	if q.Action == Sign {
+		switch {
+		case !slices.Contains(r.Formats, "*") && !slices.Contains(r.Formats, q.Format):
+			return match{passedAction, fmt.Sprintf("does not allow the format %q; it allows %s", q.Format, strings.Join(r.Formats, ", "))}
+		case len(r.Hashes) > 0 && !slices.Contains(r.Hashes, q.Hash):
+			return match{passedFormat, fmt.Sprintf("does not allow the hash %s; it allows %s", q.Hash, strings.Join(r.Hashes, ", "))}
+		case q.Blind && !r.Blind:
+			return match{passedHash, "does not allow bare digests (blind: true)"}
+		}
+	}
+	if !r.holds(q.Now) {
+		return match{passedBlind, fmt.Sprintf("holds only %s", r.window())}
+	}
+	return match{allowed, ""}
+}
+
+func (r *Rule) holds(now time.Time) bool {
+	return (r.NotBefore.IsZero() || !now.Before(r.NotBefore)) && (r.NotAfter.IsZero() || !now.After(r.NotAfter))
+}
+
+func (r *Rule) window() string {
+	var parts []string
+	if !r.NotBefore.IsZero() {
+		parts = append(parts, "from "+r.NotBefore.UTC().Format(time.RFC3339))
+	}
+	if !r.NotAfter.IsZero() {
+		parts = append(parts, "until "+r.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return strings.Join(parts, " ")
+}
+
+// matches reports whether name is, or is matched by, one of the patterns.
+// Parse has checked them, so Match's error cannot occur; were it to, it is no match.
+func matches(patterns []string, name string) bool {
+	if name == "" {
+		return false
+	}
+	for _, p := range patterns {
+		if p == name {
+			return true
+		}
+		if ok, err := path.Match(p, name); err == nil && ok {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,257 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/pressly/goose/v3"
+	_ "modernc.org/sqlite" // registers the driver "sqlite"
+
+	"github.com/signwarden/signwarden/gateway/keys"
+)
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// SQLite is a Store in one file: WAL, synchronous=FULL, one connection that
+// writes and some that read. One process at a time may have it open.
+type SQLite struct {
+	write *sql.DB // one connection: transactions are serial
+	read  *sql.DB
+}
+
+var _ Store = (*SQLite)(nil)
+
+// OpenSQLite opens the database at path, makes it (mode 0600) where it is
+// missing, and brings its schema up to date.
+func OpenSQLite(ctx context.Context, path string) (*SQLite, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return nil, fmt.Errorf("opening store: %w", err)
+	}
+	// Made here and not by SQLite, which would take the mode from the umask and
+	// give the same mode to its -wal and -shm files.
+	f, err := os.OpenFile(abs, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("opening store: %w", err)
+	}
+	f.Close()
+	s := &SQLite{}
+	s.write, err = openDB(abs, "_txlock=immediate")
+	if err != nil {
+		return nil, fmt.Errorf("opening store %s: %w", abs, err)
+	}
+	s.write.SetMaxOpenConns(1)
+	s.read, err = openDB(abs, "_pragma=query_only(1)")
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("opening store %s: %w", abs, err), s.write.Close())
+	}
+	s.read.SetMaxOpenConns(max(2, runtime.NumCPU()))
+	if err := s.migrate(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening store %s: %w", abs, err), s.Close())
+	}
+	return s, nil
+}
+
+func openDB(path, extra string) (*sql.DB, error) {
+	query := strings.Join([]string{
+		"_pragma=busy_timeout(5000)", "_pragma=journal_mode(WAL)", "_pragma=synchronous(FULL)",
+		"_pragma=foreign_keys(1)", extra,
+	}, "&")
+	return sql.Open("sqlite", (&url.URL{Scheme: "file", Path: path, RawQuery: query}).String())
+}
+
+func (s *SQLite) migrate(ctx context.Context) error {
+	sub, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return err
+	}
+	p, err := goose.NewProvider(goose.DialectSQLite3, s.write, sub)
+	if err != nil {
+		return err
+	}
+	_, err = p.Up(ctx)
+	if err != nil {
+		return fmt.Errorf("bringing the schema up to date: %w", err)
+	}
+	return nil
+}
+
+// Close closes every connection.
+func (s *SQLite) Close() error { return errors.Join(s.read.Close(), s.write.Close()) }
+
+// Load implements Store.
+func (s *SQLite) Load(ctx context.Context) (State, error) {
+	tx, err := s.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return State{}, fmt.Errorf("reading the store: %w", err)
+	}
+	defer tx.Rollback() // read-only: nothing to lose
+	var st State
+	st.Keys, err = loadKeys(ctx, tx)
+	if err != nil {
+		return State{}, fmt.Errorf("reading keys: %w", err)
+	}
+	err = tx.QueryRowContext(ctx, `SELECT source FROM policy ORDER BY version DESC LIMIT 1`).Scan(&st.Policy)
+	if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return State{}, fmt.Errorf("reading the policy: %w", err)
+	}
+	return st, nil
+}
+
+func loadKeys(ctx context.Context, tx *sql.Tx) ([]keys.Key, error) {
+	rows, err := tx.QueryContext(ctx, `SELECT name, algorithm, state, token, token_id, public_key, created,
+		openpgp, openpgp_user_id, openpgp_layout, openpgp_expires, primary_id, primary_public FROM keys ORDER BY name`)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var all []keys.Key
+	for rows.Next() {
+		var k keys.Key
+		var created int64
+		var pgp keys.OpenPGP
+		var userID, layout sql.NullString
+		var expires sql.NullInt64
+		err := rows.Scan(&k.Name, &k.Algorithm, &k.State, &k.Token, &k.ID, &k.Public, &created,
+			&pgp.Certificate, &userID, &layout, &expires, &pgp.PrimaryID, &pgp.PrimaryPublic)
+		if err != nil {
+			return nil, err
+		}
+		k.Created = time.Unix(created, 0).UTC()
+		if userID.Valid {
+			pgp.UserID, pgp.Layout = userID.String, keys.Layout(layout.String)
+			if expires.Valid {
+				pgp.Expires = time.Unix(expires.Int64, 0).UTC()
+			}
+			k.OpenPGP = &pgp
+		}
+		all = append(all, k)
+	}
+	return all, rows.Err()
+}
+
+// Commit implements Store.
+func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
+	tx, err := s.write.BeginTx(ctx, nil)
+	if err != nil {
+		return 0, fmt.Errorf("writing to the store: %w", err)
+	}
+	defer tx.Rollback() // after Commit it is a no-op; before, the first error is the one to tell
+	if c.CreateKey != nil {
+		if err := insertKey(ctx, tx, *c.CreateKey); err != nil {
+			return 0, err
+		}
+	}
+	if c.SetState != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE keys SET state = ? WHERE name = ?`, c.SetState.State, c.SetState.Name); err != nil {
+			return 0, fmt.Errorf("storing the state of key %q: %w", c.SetState.Name, err)
+		}
+	}
+	if c.Policy != nil {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO policy (source) VALUES (?)`, c.Policy); err != nil {
+			return 0, fmt.Errorf("storing the policy: %w", err)
+		}
+	}
+	first, err := insertAudit(ctx, tx, c.Audit)
+	if err != nil {
+		return 0, fmt.Errorf("storing audit entries: %w", err)
+	}
+	if err := tx.Commit(); err != nil {
+		return 0, fmt.Errorf("committing to the store: %w", err)
+	}
+	return first, nil
+}
+
+func insertKey(ctx context.Context, tx *sql.Tx, k keys.Key) error {
+	var taken int
+	if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM keys WHERE name = ?`, k.Name).Scan(&taken); err != nil {
+		return fmt.Errorf("looking for key %q: %w", k.Name, err)
+	}
+	if taken > 0 {
+		return fmt.Errorf("key %q: %w", k.Name, ErrExists)
+	}
+	pgp := k.OpenPGP
+	var userID, layout sql.NullString
+	var expires sql.NullInt64
+	if pgp == nil {
+		pgp = &keys.OpenPGP{}
+	} else {
+		userID = sql.NullString{String: pgp.UserID, Valid: true}
+		layout = sql.NullString{String: string(pgp.Layout), Valid: true}
+		expires = sql.NullInt64{Int64: pgp.Expires.Unix(), Valid: !pgp.Expires.IsZero()}
+	}
+	_, err := tx.ExecContext(ctx, `INSERT INTO keys (name, algorithm, state, token, token_id, public_key, created,
+		openpgp, openpgp_user_id, openpgp_layout, openpgp_expires, primary_id, primary_public)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		k.Name, k.Algorithm, k.State, k.Token, k.ID, k.Public, k.Created.Unix(),
+		pgp.Certificate, userID, layout, expires, pgp.PrimaryID, pgp.PrimaryPublic)
+	if err != nil {
+		return fmt.Errorf("storing key %q: %w", k.Name, err)
+	}
+	return nil
+}
+
+// insertAudit numbers the entries after the last row that is really there,
+// read in the same transaction: a commit that failed, or seemed to, leaves no gap.
+func insertAudit(ctx context.Context, tx *sql.Tx, entries [][]byte) (int64, error) {
+	if len(entries) == 0 {
+		return 0, nil
+	}
+	var first int64
+	if err := tx.QueryRowContext(ctx, `SELECT coalesce(max(row), -1) + 1 FROM audit`).Scan(&first); err != nil {
+		return 0, err
+	}
+	// Many rows a statement: a statement costs more than a row.
+	const chunk = 128
+	for at := 0; at < len(entries); at += chunk {
+		part := entries[at:min(at+chunk, len(entries))]
+		args := make([]any, 0, 2*len(part))
+		for i, e := range part {
+			args = append(args, first+int64(at+i), e)
+		}
+		values := strings.TrimSuffix(strings.Repeat("(?,?),", len(part)), ",")
+		if _, err := tx.ExecContext(ctx, `INSERT INTO audit (row, entry) VALUES `+values, args...); err != nil {
+			return 0, err
+		}
+	}
+	return first, nil
+}
+
+// Audit implements Store.
+func (s *SQLite) Audit(ctx context.Context, from int64, limit int) (int64, [][]byte, error) {
+	if from < 0 {
+		err := s.read.QueryRowContext(ctx, `SELECT coalesce(max(row), -1) + 1 FROM audit`).Scan(&from)
+		if err != nil {
+			return 0, nil, fmt.Errorf("reading the audit log: %w", err)
+		}
+		from = max(0, from-int64(limit))
+	}
+	rows, err := s.read.QueryContext(ctx, `SELECT entry FROM audit WHERE row >= ? ORDER BY row LIMIT ?`, from, limit)
+	if err != nil {
+		return 0, nil, fmt.Errorf("reading the audit log: %w", err)
+	}
+	defer rows.Close()
+	var entries [][]byte
+	for rows.Next() {
+		var e []byte
+		if err := rows.Scan(&e); err != nil {
+			return 0, nil, fmt.Errorf("reading the audit log: %w", err)
+		}
+		entries = append(entries, e)
+	}
+	if err := rows.Err(); err != nil {
+		return 0, nil, fmt.Errorf("reading the audit log: %w", err)
+	}
+	return from, entries, nil
+}

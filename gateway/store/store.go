@@ -1,0 +1,52 @@
+// Package store keeps keys, policy and the audit log. [SQLite] is the embedded
+// one; a shared database for several replicas will stand behind [Store] as well.
+package store
+
+import (
+	"context"
+	"errors"
+
+	"github.com/signwarden/signwarden/gateway/keys"
+)
+
+// ErrExists is returned where a key of that name is already stored.
+var ErrExists = errors.New("already stored")
+
+// Store is what the gateway keeps its state in. Implementations are safe for
+// concurrent use.
+type Store interface {
+	// Load returns all keys and the policy source as of one moment.
+	Load(ctx context.Context) (State, error)
+
+	// Commit applies c as one transaction and returns the row number of its
+	// first audit entry. When it returns nil the change is durable; on an error
+	// it is unknown whether it was applied, and Load tells. Rows are numbered
+	// from 0 without gaps, in the order of the commits.
+	Commit(ctx context.Context, c Change) (firstRow int64, err error)
+
+	// Audit returns up to limit entries from row from on, and the row number of
+	// the first. A negative from means the last limit entries.
+	Audit(ctx context.Context, from int64, limit int) (firstRow int64, entries [][]byte, err error)
+
+	Close() error
+}
+
+// State is what Load returns.
+type State struct {
+	Keys   []keys.Key
+	Policy []byte // source; nil before the first was applied
+}
+
+// Change is one transaction: what it changes and the audit entries that say so.
+type Change struct {
+	CreateKey *keys.Key // ErrExists where the name is taken
+	SetState  *SetState
+	Policy    []byte
+	Audit     [][]byte
+}
+
+// SetState puts a stored key into another state.
+type SetState struct {
+	Name  string
+	State keys.State
+}
