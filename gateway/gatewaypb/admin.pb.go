@@ -433,9 +433,11 @@ func (x *GetKeyResponse) GetKey() *Key {
 	return nil
 }
 
-// ListKeysRequest asks for every key that the caller may see.
+// ListKeysRequest asks for a page of the keys that the caller may see.
 type ListKeysRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names after this one; empty: from the first.
+	After         string `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -470,11 +472,20 @@ func (*ListKeysRequest) Descriptor() ([]byte, []int) {
 	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
-// ListKeysResponse is every key that the caller may see.
+func (x *ListKeysRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+// ListKeysResponse is a page of keys.
 type ListKeysResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Keys, by name.
-	Keys          []*Key `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	Keys []*Key `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	// What to ask for next; empty: there is no more.
+	NextAfter     string `protobuf:"bytes,2,opt,name=next_after,json=nextAfter,proto3" json:"next_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -514,6 +525,13 @@ func (x *ListKeysResponse) GetKeys() []*Key {
 		return x.Keys
 	}
 	return nil
+}
+
+func (x *ListKeysResponse) GetNextAfter() string {
+	if x != nil {
+		return x.NextAfter
+	}
+	return ""
 }
 
 // SetKeyStateRequest enables or disables a key.
@@ -1089,10 +1107,13 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\rGetKeyRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"6\n" +
 	"\x0eGetKeyResponse\x12$\n" +
-	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\x11\n" +
-	"\x0fListKeysRequest\":\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"'\n" +
+	"\x0fListKeysRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\tR\x05after\"Y\n" +
 	"\x10ListKeysResponse\x12&\n" +
-	"\x04keys\x18\x01 \x03(\v2\x12.signwarden.v1.KeyR\x04keys\">\n" +
+	"\x04keys\x18\x01 \x03(\v2\x12.signwarden.v1.KeyR\x04keys\x12\x1d\n" +
+	"\n" +
+	"next_after\x18\x02 \x01(\tR\tnextAfter\">\n" +
 	"\x12SetKeyStateRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\";\n" +

@@ -1,0 +1,186 @@
+package gateway
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/gateway/sigerr"
+)
+
+// gate bounds the requests under way, in all and of each principal.
+type gate struct {
+	max, maxEach int
+
+	mu  sync.Mutex // guards the counts; held for a few instructions
+	all int
+	of  map[string]int // no entry for a principal with none under way
+}
+
+func newGate(all, each int) *gate {
+	return &gate{max: all, maxEach: each, of: map[string]int{}}
+}
+
+// enter takes a place and returns what gives it back, or refuses at once.
+func (g *gate) enter(principal string) (leave func(), err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.all >= g.max || g.of[principal] >= g.maxEach {
+		return nil, fmt.Errorf("%w: %d of yours are under way; wait for answers before sending more",
+			sigerr.Overloaded, g.of[principal])
+	}
+	g.all++
+	g.of[principal]++
+	return func() { g.leave(principal) }, nil
+}
+
+func (g *gate) leave(principal string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.all--
+	if g.of[principal]--; g.of[principal] == 0 {
+		delete(g.of, principal)
+	}
+}
+
+// limiters are the token buckets of the rules that have a rate: one for each
+// rule, principal and key. They are as many as rules allow; their names come
+// from certificates and the registry, not from what a client says.
+type limiters struct {
+	mu sync.Mutex // guards by; held for a look-up
+	by map[limiterKey]*rate.Limiter
+}
+
+type limiterKey struct{ rule, principal, key string }
+
+func newLimiters() *limiters { return &limiters{by: map[limiterKey]*rate.Limiter{}} }
+
+// take uses up one signature of the decision's rate, or refuses.
+func (l *limiters) take(principal, key string, d policy.Decision, now time.Time) error {
+	if d.Rate.Count == 0 {
+		return nil
+	}
+	id := limiterKey{d.Rule, principal, key}
+	l.mu.Lock()
+	lim := l.by[id]
+	if lim == nil {
+		lim = rate.NewLimiter(rate.Limit(float64(d.Rate.Count)/d.Rate.Per.Seconds()), d.Rate.Count)
+		l.by[id] = lim
+	}
+	l.mu.Unlock()
+	if !lim.AllowN(now, 1) {
+		return fmt.Errorf("%w: rule %q allows %d signatures per %s", sigerr.Overloaded, d.Rule, d.Rate.Count, d.Rate.Per)
+	}
+	return nil
+}
+
+// Idempotency ids are remembered for dedupFor, but no more than dedupMax of
+// them in each of two generations: at 700 bytes for RSA-4096 that is 180 MiB at
+// the very worst. Beyond that rate the oldest are forgotten early, and a retry of
+// one of those is signed and recorded once more.
+const (
+	dedupFor = time.Minute
+	dedupMax = 128 << 10
+)
+
+// dedup answers a repeated request with the signature of the first.
+type dedup struct {
+	now func() time.Time
+
+	mu        sync.Mutex // guards what follows; held for look-ups, never while signing
+	current   map[dedupKey]*dedupEntry
+	previous  map[dedupKey]*dedupEntry
+	rotatedAt time.Time
+}
+
+type dedupKey struct{ principal, id string }
+
+type dedupEntry struct {
+	content [sha256.Size]byte
+	done    chan struct{} // closed when the first request has ended
+	sig     Signature
+	err     error
+}
+
+func newDedup(now func() time.Time) *dedup {
+	return &dedup{now: now, current: map[dedupKey]*dedupEntry{}, rotatedAt: now()}
+}
+
+// do runs f for the first request with an id. A later one with the same content
+// waits for that and gets its signature; with other content it is refused. A
+// request that failed is forgotten, so that it can be sent again.
+func (d *dedup) do(ctx context.Context, principal string, r Request, f func() (Signature, error)) (Signature, error) {
+	id := dedupKey{principal, r.ID}
+	content := r.content()
+	e, first := d.enter(id, content)
+	if e.content != content {
+		return Signature{}, fmt.Errorf("%w: the idempotency id %q was used for another request", sigerr.Conflict, r.ID)
+	}
+	if first {
+		e.sig, e.err = f()
+		if e.err != nil {
+			d.forget(id, e)
+		}
+		close(e.done)
+		return e.sig, e.err
+	}
+	select {
+	case <-e.done:
+		return e.sig, e.err
+	case <-ctx.Done():
+		return Signature{}, contextError(ctx)
+	}
+}
+
+func (d *dedup) enter(id dedupKey, content [sha256.Size]byte) (e *dedupEntry, first bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	now := d.now()
+	if now.Sub(d.rotatedAt) >= dedupFor || len(d.current) >= dedupMax {
+		d.previous, d.current, d.rotatedAt = d.current, map[dedupKey]*dedupEntry{}, now
+	}
+	if e := d.current[id]; e != nil {
+		return e, false
+	}
+	if e := d.previous[id]; e != nil {
+		return e, false
+	}
+	e = &dedupEntry{content: content, done: make(chan struct{})}
+	d.current[id] = e
+	return e, true
+}
+
+func (d *dedup) forget(id dedupKey, e *dedupEntry) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, m := range []map[dedupKey]*dedupEntry{d.current, d.previous} {
+		if m[id] == e {
+			delete(m, id)
+		}
+	}
+}
+
+// content is what must be the same in two requests with one id.
+func (r *Request) content() [sha256.Size]byte {
+	h := sha256.New()
+	for _, field := range [][]byte{[]byte(r.Key), r.Digest, []byte(r.Hash.String()), []byte(r.Scheme), []byte(r.Format)} {
+		var n [8]byte
+		binary.BigEndian.PutUint64(n[:], uint64(len(field)))
+		h.Write(n[:])
+		h.Write(field)
+	}
+	return [sha256.Size]byte(h.Sum(nil))
+}
+
+func contextError(ctx context.Context) error {
+	if ctx.Err() == context.DeadlineExceeded {
+		return sigerr.Timeout
+	}
+	return sigerr.Canceled
+}

@@ -1,0 +1,121 @@
+package client
+
+import (
+	"context"
+	"crypto"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pb "github.com/signwarden/signwarden/gateway/gatewaypb"
+	"github.com/signwarden/signwarden/gateway/keys"
+)
+
+// KeySpec says what key to create.
+type KeySpec struct {
+	Name      string
+	Algorithm keys.Algorithm
+	UserID    string      // of an OpenPGP certificate; empty: none
+	Layout    keys.Layout // of the certificate; empty: keys.Subkey
+	Expires   time.Time   // of the certificate; zero: never
+}
+
+// CreateKey generates a key in the gateway's token.
+func (c *Client) CreateKey(ctx context.Context, k KeySpec) (Key, error) {
+	req := &pb.CreateKeyRequest{
+		Name: k.Name, Algorithm: string(k.Algorithm), OpenpgpUserId: k.UserID, OpenpgpLayout: string(k.Layout),
+	}
+	if !k.Expires.IsZero() {
+		req.OpenpgpExpires = timestamppb.New(k.Expires)
+	}
+	r, err := c.keys.CreateKey(ctx, req)
+	if err != nil {
+		return Key{}, wireError(err)
+	}
+	return toKey(r.GetKey())
+}
+
+// Key tells of one key that we may see.
+func (c *Client) Key(ctx context.Context, name string) (Key, error) {
+	r, err := c.keys.GetKey(ctx, &pb.GetKeyRequest{Name: name})
+	if err != nil {
+		return Key{}, wireError(err)
+	}
+	return toKey(r.GetKey())
+}
+
+// Keys tells of every key that we may see, by name.
+func (c *Client) Keys(ctx context.Context) ([]Key, error) {
+	var out []Key
+	for after := ""; ; {
+		r, err := c.keys.ListKeys(ctx, &pb.ListKeysRequest{After: after})
+		if err != nil {
+			return nil, wireError(err)
+		}
+		for _, k := range r.GetKeys() {
+			key, err := toKey(k)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, key)
+		}
+		if r.GetNextAfter() == "" || r.GetNextAfter() <= after {
+			return out, nil
+		}
+		after = r.GetNextAfter()
+	}
+}
+
+// SetKeyState enables or disables a key.
+func (c *Client) SetKeyState(ctx context.Context, name string, to keys.State) (Key, error) {
+	r, err := c.keys.SetKeyState(ctx, &pb.SetKeyStateRequest{Name: name, State: string(to)})
+	if err != nil {
+		return Key{}, wireError(err)
+	}
+	return toKey(r.GetKey())
+}
+
+// ApplyPolicy replaces the gateway's rules and returns their number.
+func (c *Client) ApplyPolicy(ctx context.Context, source []byte) (int, error) {
+	r, err := c.policy.ApplyPolicy(ctx, &pb.ApplyPolicyRequest{Source: string(source)})
+	return int(r.GetRules()), wireError(err)
+}
+
+// Policy returns the policy file in force.
+func (c *Client) Policy(ctx context.Context) ([]byte, error) {
+	r, err := c.policy.GetPolicy(ctx, &pb.GetPolicyRequest{})
+	return []byte(r.GetSource()), wireError(err)
+}
+
+// PolicyQuery is a question to the rules.
+type PolicyQuery struct {
+	Principal string // empty: we
+	Key       string
+	Action    string // sign, read or admin; empty: sign
+	Format    string // for sign
+	Hash      crypto.Hash
+}
+
+// PolicyDecision is what the rules say to a PolicyQuery.
+type PolicyDecision struct {
+	Allowed bool     `json:"allowed"`
+	Rule    string   `json:"rule,omitempty"`   // that allows it
+	Reason  string   `json:"reason,omitempty"` // why not
+	Rules   []string `json:"rules,omitempty"`  // what each says, for an administrator
+}
+
+// TestPolicy asks what would be decided.
+func (c *Client) TestPolicy(ctx context.Context, q PolicyQuery) (PolicyDecision, error) {
+	r, err := c.policy.TestPolicy(ctx, &pb.TestPolicyRequest{
+		Principal: q.Principal, Key: q.Key, Action: q.Action, Format: q.Format, Hash: pb.HashAlgorithmOf(q.Hash),
+	})
+	return PolicyDecision{r.GetAllowed(), r.GetRule(), r.GetReason(), r.GetRules()}, wireError(err)
+}
+
+// AuditEntries returns up to limit (1 to 1,000) rows of the audit log from row
+// from on, or the last ones where from is negative, as canonical JSON, and the
+// number of the first.
+func (c *Client) AuditEntries(ctx context.Context, from int64, limit int) (first int64, entries [][]byte, err error) {
+	r, err := c.audit.ListEntries(ctx, &pb.ListEntriesRequest{FromRow: from, Limit: int32(limit)})
+	return r.GetFirstRow(), r.GetEntries(), wireError(err)
+}

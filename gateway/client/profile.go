@@ -1,0 +1,82 @@
+package client
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/goccy/go-yaml"
+)
+
+// Profile is a client's configuration file. Paths are relative to the file.
+type Profile struct {
+	// Address of the gateway, host:port.
+	Address string `yaml:"address"`
+	// CA that issued the gateway's certificate, PEM.
+	CA string `yaml:"ca"`
+	// Certificate chain and private key of this client, PEM.
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
+	// ServerName to expect in the gateway's certificate; empty: Address's host.
+	ServerName string `yaml:"server_name,omitempty"`
+}
+
+// LoadProfile reads a profile and the files it names. Errors name the file.
+func LoadProfile(path string) (Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("client profile: %w", err)
+	}
+	var p Profile
+	if err := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict()).Decode(&p); err != nil {
+		return Config{}, fmt.Errorf("client profile %s: %s", path, yaml.FormatError(err, false, true))
+	}
+	host, _, err := net.SplitHostPort(p.Address)
+	if err != nil || host == "" {
+		return Config{}, fmt.Errorf("client profile %s: address %q is not host:port", path, p.Address)
+	}
+	at := func(name string) string {
+		if filepath.IsAbs(name) {
+			return name
+		}
+		return filepath.Join(filepath.Dir(path), name)
+	}
+	for field, name := range map[string]string{"ca": p.CA, "certificate": p.Certificate, "key": p.Key} {
+		if name == "" {
+			return Config{}, fmt.Errorf("client profile %s: %s is missing", path, field)
+		}
+	}
+	pem, err := os.ReadFile(at(p.CA))
+	if err != nil {
+		return Config{}, fmt.Errorf("client profile %s: ca: %w", path, err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return Config{}, fmt.Errorf("client profile %s: ca: %s holds no PEM certificate", path, at(p.CA))
+	}
+	cert, err := tls.LoadX509KeyPair(at(p.Certificate), at(p.Key))
+	if err != nil {
+		return Config{}, fmt.Errorf("client profile %s: certificate %s with key %s: %w", path, at(p.Certificate), at(p.Key), err)
+	}
+	if cert.Leaf == nil {
+		return Config{}, errors.New("client profile: no certificate")
+	}
+	if p.ServerName != "" {
+		host = p.ServerName
+	}
+	return Config{
+		Address: p.Address,
+		TLS: &tls.Config{
+			MinVersion: tls.VersionTLS13, RootCAs: roots, ServerName: host,
+			// Not Certificates: those are left out where the server's list of
+			// issuers lacks ours, and "certificate required" would be all one
+			// is told. Sent always, a foreign one is refused as such.
+			GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil },
+		},
+	}, nil
+}

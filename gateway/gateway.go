@@ -1,0 +1,313 @@
+// Package gateway is the only road from a request to a token: [Gateway.Sign].
+//
+// Every front-end authenticates its peer, turns its wire form into a [Request],
+// calls Sign, and maps the errors of package sigerr to its own codes from one
+// table. The package knows no wire, no file format and no PKCS#11; the token and
+// the maker of OpenPGP certificates are given to [New].
+package gateway
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/signwarden/signwarden/gateway/audit"
+	"github.com/signwarden/signwarden/gateway/ident"
+	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/gateway/sigerr"
+	"github.com/signwarden/signwarden/gateway/store"
+)
+
+// The bounds that hold where Config leaves them zero.
+const (
+	DefaultMaxInFlight     = 4096
+	DefaultMaxPerPrincipal = 1024
+	DefaultSignTimeout     = 30 * time.Second
+)
+
+// Config is what a Gateway is made of. The parts must not change after New.
+type Config struct {
+	Store      store.Store
+	Token      Token
+	TokenLabel string       // recorded with keys that are made
+	Certify    Certify      // nil: no OpenPGP certificates can be made
+	Logger     *slog.Logger // nil: discards
+
+	// MaxInFlight bounds requests between admission and answer, over all
+	// principals; MaxPerPrincipal those of one. A request beyond is refused at once.
+	MaxInFlight     int
+	MaxPerPrincipal int
+	// SignTimeout bounds one request's time at the token, waiting included.
+	SignTimeout time.Duration
+
+	Now func() time.Time // nil: time.Now
+}
+
+// Gateway decides, signs, checks and records. It is safe for concurrent use.
+type Gateway struct {
+	c     Config
+	log   *slog.Logger
+	audit *audit.Log
+	dedup *dedup
+	gate  *gate
+
+	// snap is what requests are decided on. It is replaced as a whole, under
+	// admin, when an administrator acts; a request that loads it afterwards
+	// sees the change.
+	snap atomic.Pointer[snapshot]
+
+	// stale is set where a change may have been stored and could not be read
+	// back. Until it can, nothing is decided: fail closed.
+	stale atomic.Bool
+
+	// admin serialises administrative changes: each commits to the store and
+	// then replaces snap. It is held for one commit and one load, never while a
+	// key is generated, so that disabling a key waits for nothing slow.
+	admin sync.Mutex
+	// creating holds the names of keys whose generation is under way; guarded by admin.
+	creating map[string]bool
+}
+
+// snapshot is the state that decisions are made on; immutable but for limits.
+type snapshot struct {
+	keys   *keys.Registry
+	rules  *policy.Rules
+	source []byte    // of rules
+	limits *limiters // of rules' rates
+}
+
+// New loads the state from the store. Close the Gateway; the store and the
+// token stay the caller's to close, after that.
+func New(ctx context.Context, c Config) (*Gateway, error) {
+	if c.Store == nil || c.Token == nil {
+		return nil, errors.New("gateway: Config lacks a store or a token")
+	}
+	if c.MaxInFlight == 0 {
+		c.MaxInFlight = DefaultMaxInFlight
+	}
+	if c.MaxPerPrincipal == 0 {
+		c.MaxPerPrincipal = DefaultMaxPerPrincipal
+	}
+	if c.SignTimeout == 0 {
+		c.SignTimeout = DefaultSignTimeout
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	g := &Gateway{
+		c:        c,
+		log:      c.Logger,
+		dedup:    newDedup(c.Now),
+		gate:     newGate(c.MaxInFlight, c.MaxPerPrincipal),
+		creating: map[string]bool{},
+	}
+	if err := g.reload(ctx); err != nil {
+		return nil, err
+	}
+	g.audit = audit.New(func(ctx context.Context, entries [][]byte) (int64, error) {
+		return c.Store.Commit(ctx, store.Change{Audit: entries})
+	})
+	return g, nil
+}
+
+// Close waits for records under way. Requests that come after are refused.
+func (g *Gateway) Close() { g.audit.Close() }
+
+// reload replaces the snapshot by what the store holds. The caller holds admin,
+// or is New. The limiters start afresh only where the policy has changed.
+func (g *Gateway) reload(ctx context.Context) error {
+	st, err := g.c.Store.Load(ctx)
+	if err != nil {
+		return err
+	}
+	reg, err := keys.NewRegistry(st.Keys)
+	if err != nil {
+		return fmt.Errorf("reading the store: %w", err)
+	}
+	rules, err := policy.Parse(st.Policy)
+	if err != nil {
+		return fmt.Errorf("reading the store: %w", err)
+	}
+	next := &snapshot{keys: reg, rules: rules, source: st.Policy, limits: newLimiters()}
+	if old := g.snap.Load(); old != nil && string(old.source) == string(st.Policy) {
+		next.limits = old.limits
+	}
+	g.snap.Store(next)
+	g.stale.Store(false)
+	return nil
+}
+
+// current returns the snapshot to decide on. Where the last change could not be
+// read back it reads the store first, and errs where that still fails.
+func (g *Gateway) current(ctx context.Context) (*snapshot, error) {
+	if g.stale.Load() {
+		g.admin.Lock()
+		defer g.admin.Unlock()
+		if err := g.reload(ctx); err != nil {
+			return nil, g.unrecorded(err)
+		}
+	}
+	return g.snap.Load(), nil
+}
+
+// Signature is what Sign releases.
+type Signature struct {
+	// Bytes is an RSA signature as long as the modulus, an ECDSA signature as
+	// r||s of equal width, or an Ed25519 signature of 64 bytes.
+	Bytes    []byte
+	Scheme   keys.Scheme
+	AuditRow int64
+}
+
+// Sign decides, signs, checks, records, and only then returns the signature.
+//
+//  1. No request reaches a token unless a rule allows it, decided on the verified
+//     identity, not on what the client says.
+//  2. No signature leaves that does not verify with the key's registered public key.
+//  3. No signature leaves without a durable audit record; a denial is recorded too.
+//  4. A caller cannot tell a key it may not use from one that does not exist.
+//
+// Errors wrap one of the sentinels of package sigerr. The context bounds waiting
+// and the token's work; it cannot cancel the audit record.
+func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signature, error) {
+	now := g.c.Now()
+	if err := p.Check(now); err != nil {
+		return Signature{}, err // nobody has asked: there is nothing to record
+	}
+	e := r.entry(p, now)
+	if err := r.check(); err != nil {
+		return g.refuse(e, audit.Denied, err, err.Error())
+	}
+	leave, err := g.gate.enter(p.Name())
+	if err != nil {
+		// Not recorded: a flood of refusals must not become a flood of commits.
+		return Signature{}, err
+	}
+	defer leave()
+
+	s, err := g.current(ctx)
+	if err != nil {
+		return Signature{}, err
+	}
+	k, rule, err := s.decide(p, r, now) // 1, 4
+	e.Rule = rule.Rule
+	if err != nil {
+		return g.refuse(e, audit.Denied, public(err), err.Error())
+	}
+	e.KeyFingerprint = k.Fingerprint()
+	scheme, err := keys.SchemeFor(k.Algorithm, r.Scheme)
+	if err != nil {
+		return g.refuse(e, audit.Denied, err, err.Error())
+	}
+	e.Scheme = string(scheme)
+	if r.ID == "" {
+		return g.sign(ctx, p, r, e, s, k, rule, scheme)
+	}
+	sig, err := g.dedup.do(ctx, p.Name(), r, func() (Signature, error) {
+		// Detached from the caller: one that hangs up and comes back with the
+		// same id finds the work done, and recorded once.
+		return g.sign(context.WithoutCancel(ctx), p, r, e, s, k, rule, scheme)
+	})
+	if errors.Is(err, sigerr.Conflict) {
+		return g.refuse(e, audit.Denied, err, err.Error())
+	}
+	return sig, err
+}
+
+// sign is the part of Sign that happens once for an idempotency id: the
+// request is allowed under snapshot s.
+func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, e audit.Entry,
+	s *snapshot, k *keys.Registered, rule policy.Decision, scheme keys.Scheme,
+) (Signature, error) {
+	if err := s.limits.take(p.Name(), k.Name, rule, g.c.Now()); err != nil {
+		return g.refuse(e, audit.Denied, err, err.Error())
+	}
+	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
+	sig, err := g.c.Token.Sign(tctx, k.ID, r.Digest, scheme.Options(r.Hash))
+	cancel()
+	if err != nil {
+		return g.refuse(e, audit.Failed, tokenError(err), err.Error())
+	}
+	err = keys.Verify(k.PublicKey, scheme, r.Hash, r.Digest, sig)
+	if err != nil { // 2
+		g.log.Error("token returned a signature that does not verify: is this the token and the key that were registered?",
+			"key", k.Name, "token", k.Token, "error", err)
+		return g.refuse(e, audit.Failed, sigerr.TokenFailed, "the token's signature does not verify: "+err.Error())
+	}
+	// An administrator may have acted while the token worked: what is no longer
+	// allowed is not released.
+	if g.snap.Load() != s {
+		_, _, err := g.snap.Load().decide(p, r, g.c.Now())
+		if err != nil {
+			return g.refuse(e, audit.Denied, public(err), err.Error()+" (changed while the token worked)")
+		}
+	}
+	sum := sha256.Sum256(sig)
+	e.Outcome, e.Signature = audit.Signed, hex.EncodeToString(sum[:])
+	row, err := g.audit.Append(e)
+	if err != nil { // 3
+		return Signature{}, g.unrecorded(err)
+	}
+	return Signature{Bytes: sig, Scheme: scheme, AuditRow: row}, nil
+}
+
+// refuse records why there is no signature and returns err for the caller. If it
+// cannot be recorded the caller is told that instead, and learns nothing else.
+func (g *Gateway) refuse(e audit.Entry, o audit.Outcome, err error, reason string) (Signature, error) {
+	e.Outcome, e.Reason = o, reason
+	if _, aerr := g.audit.Append(e); aerr != nil {
+		return Signature{}, g.unrecorded(aerr)
+	}
+	return Signature{}, err
+}
+
+// unrecorded is what the caller is told when the store cannot record.
+func (g *Gateway) unrecorded(err error) error {
+	g.log.Error("the store fails, so nothing is released; check its disk", "error", err)
+	return fmt.Errorf("%w: its store fails, so it releases nothing; try again when the store has recovered", sigerr.Unavailable)
+}
+
+// hidden is the error of a key that the caller may not know of. Its text, which
+// says whether the key exists, is for the audit log; public returns what the
+// caller is told.
+type hidden struct{ reason string }
+
+func (h hidden) Error() string { return h.reason }
+
+func public(err error) error {
+	if _, ok := errors.AsType[hidden](err); ok {
+		return sigerr.NotFound
+	}
+	return err
+}
+
+// decide looks the key up and asks the rules. Where it errs the caller must not
+// go on. Errors are for the audit log; public turns them into the caller's.
+func (s *snapshot) decide(p ident.Principal, r Request, now time.Time) (*keys.Registered, policy.Decision, error) {
+	k := s.keys.Get(r.Key)
+	d := s.rules.Allow(policy.Query{
+		Principal: p.Name(), Key: r.Key, Action: policy.Sign, Now: now,
+		Format: r.Format, Blind: true, Hash: keys.HashName(r.Hash),
+	})
+	switch {
+	case k == nil:
+		return nil, d, hidden{"no such key"}
+	case !d.Allowed && !s.rules.Sees(p.Name(), r.Key, now):
+		return nil, d, hidden{"the key is not the caller's: " + d.Reason}
+	case !d.Allowed:
+		return nil, d, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason)
+	case k.State != keys.Enabled:
+		return nil, d, fmt.Errorf("%w: %s; an administrator can enable it with: signwarden key enable %s", sigerr.Disabled, k.Name, k.Name)
+	}
+	return k, d, nil
+}

@@ -1,0 +1,141 @@
+package grpcapi
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/signwarden/signwarden/gateway"
+	pb "github.com/signwarden/signwarden/gateway/gatewaypb"
+	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/policy"
+)
+
+// admin implements the key, policy and audit services.
+type admin struct {
+	pb.UnimplementedKeyServiceServer
+	pb.UnimplementedPolicyServiceServer
+	pb.UnimplementedAuditServiceServer
+	s *Server
+}
+
+func toKey(k keys.Key, maySign bool) *pb.Key {
+	out := &pb.Key{
+		Name: k.Name, Algorithm: string(k.Algorithm), State: string(k.State), Created: timestamppb.New(k.Created),
+		PublicKey: k.Public, Token: k.Token, TokenId: k.ID, MaySign: maySign,
+	}
+	if o := k.OpenPGP; o != nil {
+		out.Openpgp = &pb.OpenPGPCertificate{UserId: o.UserID, Layout: string(o.Layout), Certificate: o.Certificate}
+		if !o.Expires.IsZero() {
+			out.Openpgp.Expires = timestamppb.New(o.Expires)
+		}
+	}
+	return out
+}
+
+func fromTimestamp(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
+}
+
+// visible answers with the key as the caller sees it now.
+func (a *admin) visible(ctx context.Context, name string) (*pb.Key, error) {
+	v, err := a.s.c.Gateway.Key(ctx, principal(ctx), name)
+	if err != nil {
+		return nil, err
+	}
+	return toKey(v.Key, v.MaySign), nil
+}
+
+func (a *admin) CreateKey(ctx context.Context, r *pb.CreateKeyRequest) (*pb.CreateKeyResponse, error) {
+	k, err := a.s.c.Gateway.CreateKey(ctx, principal(ctx), frontEnd, gateway.KeySpec{
+		Name: r.GetName(), Algorithm: keys.Algorithm(r.GetAlgorithm()), UserID: r.GetOpenpgpUserId(),
+		Layout: keys.Layout(r.GetOpenpgpLayout()), Expires: fromTimestamp(r.GetOpenpgpExpires()),
+	})
+	if err != nil {
+		return nil, err
+	}
+	out, err := a.visible(ctx, k.Name)
+	return &pb.CreateKeyResponse{Key: out}, err
+}
+
+func (a *admin) GetKey(ctx context.Context, r *pb.GetKeyRequest) (*pb.GetKeyResponse, error) {
+	out, err := a.visible(ctx, r.GetName())
+	return &pb.GetKeyResponse{Key: out}, err
+}
+
+// keysPerPage keeps a page, at some 4 KiB for a key of RSA-4096, under gRPC's
+// usual bound of 4 MiB for a client.
+const keysPerPage = 500
+
+func (a *admin) ListKeys(ctx context.Context, r *pb.ListKeysRequest) (*pb.ListKeysResponse, error) {
+	all, err := a.s.c.Gateway.Keys(ctx, principal(ctx))
+	if err != nil {
+		return nil, err
+	}
+	out := &pb.ListKeysResponse{}
+	for _, v := range all {
+		if v.Name <= r.GetAfter() {
+			continue
+		}
+		if len(out.Keys) == keysPerPage {
+			out.NextAfter = out.Keys[keysPerPage-1].Name
+			break
+		}
+		out.Keys = append(out.Keys, toKey(v.Key, v.MaySign))
+	}
+	return out, nil
+}
+
+func (a *admin) SetKeyState(ctx context.Context, r *pb.SetKeyStateRequest) (*pb.SetKeyStateResponse, error) {
+	k, err := a.s.c.Gateway.SetKeyState(ctx, principal(ctx), frontEnd, r.GetName(), keys.State(r.GetState()))
+	if err != nil {
+		return nil, err
+	}
+	out, err := a.visible(ctx, k.Name)
+	return &pb.SetKeyStateResponse{Key: out}, err
+}
+
+func (a *admin) ApplyPolicy(ctx context.Context, r *pb.ApplyPolicyRequest) (*pb.ApplyPolicyResponse, error) {
+	n, err := a.s.c.Gateway.ApplyPolicy(ctx, principal(ctx), frontEnd, []byte(r.GetSource()))
+	return &pb.ApplyPolicyResponse{Rules: int32(n)}, err
+}
+
+func (a *admin) GetPolicy(ctx context.Context, _ *pb.GetPolicyRequest) (*pb.GetPolicyResponse, error) {
+	src, err := a.s.c.Gateway.Policy(ctx, principal(ctx), frontEnd)
+	return &pb.GetPolicyResponse{Source: string(src)}, err
+}
+
+func (a *admin) TestPolicy(ctx context.Context, r *pb.TestPolicyRequest) (*pb.TestPolicyResponse, error) {
+	p := principal(ctx)
+	q := policy.Query{
+		Principal: r.GetPrincipal(), Key: r.GetKey(), Action: policy.Action(r.GetAction()),
+		Format: r.GetFormat(), Blind: true, Hash: keys.HashName(r.GetHash().Hash()),
+	}
+	if q.Principal == "" {
+		q.Principal = p.Name()
+	}
+	if q.Action == "" {
+		q.Action = policy.Sign
+	}
+	if r.GetHash() == pb.HashAlgorithm_HASH_ALGORITHM_UNSPECIFIED {
+		q.Hash = "sha256"
+	}
+	d, each, err := a.s.c.Gateway.TestPolicy(ctx, p, frontEnd, q)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.TestPolicyResponse{Allowed: d.Allowed, Rule: d.Rule, Reason: d.Reason, Rules: each}, nil
+}
+
+func (a *admin) ListEntries(ctx context.Context, r *pb.ListEntriesRequest) (*pb.ListEntriesResponse, error) {
+	limit := int(r.GetLimit())
+	if limit == 0 {
+		limit = 100
+	}
+	first, entries, err := a.s.c.Gateway.AuditEntries(ctx, principal(ctx), frontEnd, r.GetFromRow(), limit)
+	return &pb.ListEntriesResponse{FirstRow: first, Entries: entries}, err
+}

@@ -1,0 +1,105 @@
+package gateway
+
+import (
+	"crypto"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/signwarden/signwarden/gateway/audit"
+	"github.com/signwarden/signwarden/gateway/ident"
+	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/gateway/sigerr"
+)
+
+// Request asks for one signature over one digest.
+type Request struct {
+	// ID makes the request idempotent for a minute: the same id with the same
+	// content gets the same signature and one audit record, with other content
+	// sigerr.Conflict. Empty: not idempotent.
+	ID string
+	// Key is the name of the key.
+	Key string
+	// Digest, and the Hash that made it; the length must be the hash's. Ed25519
+	// signs the digest's bytes as its message.
+	Digest []byte
+	Hash   crypto.Hash
+	// Scheme; empty: the usual one of the key's algorithm.
+	Scheme keys.Scheme
+	// Format is what the front-end knows, or was told, the signature is for.
+	// Against a bare digest nothing can check it, so the rule that allows the
+	// request must allow blind signing.
+	Format string
+	// FrontEnd is what took the request: grpc, gpg-agent, ...
+	FrontEnd string
+	// Claim is what the client says of the artefact: recorded, never decided on.
+	Claim Claim
+}
+
+// Claim is a client's words. They are cut to MaxClaim bytes each.
+type Claim struct {
+	File, ContentSHA256, NEVRA, Note string
+}
+
+// MaxClaim bounds each field of a Claim, and MaxID an idempotency id, in bytes.
+const (
+	MaxClaim = 1024
+	MaxID    = 64
+)
+
+// check refuses a request that is wrong whatever key it names, so that its
+// answer tells nothing about keys.
+func (r *Request) check() error {
+	if err := keys.CheckName(r.Key); err != nil {
+		return sigerr.NotFound // the same words as for a name that could exist
+	}
+	if keys.HashName(r.Hash) == "" {
+		name := "hash"
+		if r.Hash != 0 {
+			name = r.Hash.String()
+		}
+		return fmt.Errorf("%w: %s digests are not signed; use SHA-256, SHA-384 or SHA-512", sigerr.Invalid, name)
+	}
+	if len(r.Digest) != r.Hash.Size() {
+		return fmt.Errorf("%w: the digest has %d bytes; one of %s has %d", sigerr.Invalid, len(r.Digest), r.Hash, r.Hash.Size())
+	}
+	if !slices.Contains(policy.Formats, r.Format) {
+		return fmt.Errorf("%w: format %q is not one of %s", sigerr.Invalid, r.Format, strings.Join(policy.Formats, ", "))
+	}
+	if len(r.ID) > MaxID || strings.ContainsFunc(r.ID, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return fmt.Errorf("%w: the idempotency id must be at most %d printable ASCII characters", sigerr.Invalid, MaxID)
+	}
+	return nil
+}
+
+// entry is what the audit log says of r; the decision fills in the rest. It is
+// made before r is checked, so everything in it is cut to size.
+func (r *Request) entry(p ident.Principal, now time.Time) audit.Entry {
+	hash := keys.HashName(r.Hash)
+	if hash == "" && r.Hash != 0 {
+		hash = r.Hash.String()
+	}
+	return audit.Entry{
+		Time: now, Action: "sign", Principal: p.Name(), Via: p.Via(), FrontEnd: r.FrontEnd,
+		Request: clip(r.ID), Key: clip(r.Key), Format: clip(r.Format), Scheme: string(r.Scheme),
+		Hash: hash, Digest: hex.EncodeToString(r.Digest[:min(len(r.Digest), 64)]),
+		ClaimFile: clip(r.Claim.File), ClaimSHA256: clip(r.Claim.ContentSHA256),
+		ClaimNEVRA: clip(r.Claim.NEVRA), ClaimNote: clip(r.Claim.Note),
+	}
+}
+
+// clip cuts s to MaxClaim bytes, at a rune's edge.
+func clip(s string) string {
+	if len(s) <= MaxClaim {
+		return s
+	}
+	cut := MaxClaim
+	for cut > 0 && !utf8.RuneStart(s[cut]) {
+		cut--
+	}
+	return s[:cut]
+}

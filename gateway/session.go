@@ -1,0 +1,46 @@
+package gateway
+
+import (
+	"context"
+	"crypto"
+
+	"github.com/signwarden/signwarden/gateway/ident"
+)
+
+// Session is a principal at a front-end of this process: what an agent socket
+// needs of the gateway. It is safe for concurrent use.
+type Session struct {
+	g                *Gateway
+	p                ident.Principal
+	frontEnd, format string
+}
+
+// Session binds what a front-end knows of every request of one peer.
+func (g *Gateway) Session(p ident.Principal, frontEnd, format string) *Session {
+	return &Session{g, p, frontEnd, format}
+}
+
+// PublicKeys returns the keys that the principal may sign with in some format,
+// by name, disabled ones too.
+func (s *Session) PublicKeys(ctx context.Context) (map[string]crypto.PublicKey, error) {
+	all, err := s.g.Keys(ctx, s.p)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]crypto.PublicKey, len(all))
+	for _, k := range all {
+		if k.MaySign {
+			out[k.Name] = k.PublicKey
+		}
+	}
+	return out, nil
+}
+
+// Sign signs a digest by the usual scheme of the key. note is what the client
+// says it signs: recorded, never decided on.
+func (s *Session) Sign(ctx context.Context, key string, hash crypto.Hash, digest []byte, note string) ([]byte, error) {
+	sig, err := s.g.Sign(ctx, s.p, Request{
+		Key: key, Digest: digest, Hash: hash, Format: s.format, FrontEnd: s.frontEnd, Claim: Claim{Note: note},
+	})
+	return sig.Bytes, err
+}
