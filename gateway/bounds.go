@@ -142,8 +142,11 @@ func (d *dedup) enter(id dedupKey, content [sha256.Size]byte) (e *dedupEntry, fi
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	now := d.now()
-	if now.Sub(d.rotatedAt) >= dedupFor || len(d.current) >= dedupMax {
+	if age := now.Sub(d.rotatedAt); age >= dedupFor || len(d.current) >= dedupMax {
 		d.previous, d.current, d.rotatedAt = d.current, map[dedupKey]*dedupEntry{}, now
+		if age >= 2*dedupFor { // even the youngest of them is too old
+			d.previous = nil
+		}
 	}
 	if e := d.current[id]; e != nil {
 		return e, false

@@ -1,0 +1,328 @@
+// Package gatewaytest makes a gateway for tests: keys in memory, a store in
+// memory, both with faults to order, and a superuser.
+package gatewaytest
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/signwarden/signwarden/gateway"
+	"github.com/signwarden/signwarden/gateway/audit"
+	"github.com/signwarden/signwarden/gateway/ident"
+	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/store"
+)
+
+// Policy is what New applies: root may do everything.
+const Policy = `
+rules:
+  - {name: root, principals: [root], keys: ["*"], may: [sign, read, admin], formats: ["*"], blind: true}
+`
+
+// Fixture is a gateway and its parts.
+type Fixture struct {
+	*gateway.Gateway
+	Token *Token
+	Store *Store
+	Root  ident.Principal // may do everything, under Policy
+}
+
+// New makes a gateway under policy (empty: Policy). It is closed with the test.
+func New(t testing.TB, policy string, change ...func(*gateway.Config)) *Fixture {
+	t.Helper()
+	if policy == "" {
+		policy = Policy
+	}
+	f := &Fixture{Token: NewToken(), Store: &Store{State: store.State{Policy: []byte(policy)}}, Root: Principal(t, "root")}
+	c := gateway.Config{
+		Store: f.Store, Token: f.Token, TokenLabel: "memory", Certify: Certify,
+		Logger: slog.New(slog.DiscardHandler),
+	}
+	for _, ch := range change {
+		ch(&c)
+	}
+	g, err := gateway.New(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(g.Close)
+	f.Gateway = g
+	return f
+}
+
+// Principal is a caller of that name.
+func Principal(t testing.TB, name string) ident.Principal {
+	t.Helper()
+	p, err := ident.FromPeer(0, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// Key creates a key as root.
+func (f *Fixture) Key(t testing.TB, name string, a keys.Algorithm) keys.Key {
+	t.Helper()
+	k, err := f.CreateKey(t.Context(), f.Root, "test", gateway.KeySpec{Name: name, Algorithm: a})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// Request is a well-formed request for a SHA-256 digest of text.
+func Request(key, text string) gateway.Request {
+	sum := sha256.Sum256([]byte(text))
+	return gateway.Request{Key: key, Digest: sum[:], Hash: crypto.SHA256, Format: "openpgp", FrontEnd: "test"}
+}
+
+// Certify stands for a maker of OpenPGP certificates: it has the primary key
+// certify the user id and the subkey, in a form of its own.
+func Certify(userID string, _, _ time.Time, primary, subkey crypto.Signer) ([]byte, error) {
+	sum := sha256.Sum256([]byte(userID))
+	out := []byte("certificate of " + userID)
+	for _, s := range []crypto.Signer{primary, subkey} {
+		if s == nil {
+			continue
+		}
+		sig, err := s.Sign(rand.Reader, sum[:], crypto.SHA256)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, sig...)
+	}
+	return out, nil
+}
+
+// Token keeps keys in memory. It is safe for concurrent use.
+type Token struct {
+	mu    sync.Mutex
+	pairs map[string]crypto.Signer
+	signs int
+
+	// Before, where set, runs before each signature; an error is returned
+	// instead of one. After may change what is returned.
+	Before func(ctx context.Context, id []byte) error
+	After  func(sig []byte) []byte
+	// DeleteError is returned by Delete where set.
+	DeleteError error
+}
+
+// NewToken makes an empty token.
+func NewToken() *Token { return &Token{pairs: map[string]crypto.Signer{}} }
+
+// Signs is how often Sign was called.
+func (k *Token) Signs() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.signs
+}
+
+// Pairs is how many pairs it holds.
+func (k *Token) Pairs() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.pairs)
+}
+
+// Generate implements gateway.Token.
+func (k *Token) Generate(_ context.Context, _ string, id []byte, algorithm string) (crypto.PublicKey, error) {
+	var s crypto.Signer
+	var err error
+	switch keys.Algorithm(algorithm) {
+	case keys.RSA2048:
+		s, err = rsa.GenerateKey(rand.Reader, 2048)
+	case keys.RSA3072:
+		s, err = rsa.GenerateKey(rand.Reader, 3072)
+	case keys.RSA4096:
+		s, err = rsa.GenerateKey(rand.Reader, 4096)
+	case keys.P256:
+		s, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	case keys.P384:
+		s, err = ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	case keys.Ed25519:
+		_, s, err = ed25519.GenerateKey(rand.Reader)
+	default:
+		err = fmt.Errorf("algorithm %q", algorithm)
+	}
+	if err != nil {
+		return nil, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.pairs[string(id)] = s
+	return s.Public(), nil
+}
+
+// Delete implements gateway.Token.
+func (k *Token) Delete(_ context.Context, id []byte) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.DeleteError != nil {
+		return k.DeleteError
+	}
+	delete(k.pairs, string(id))
+	return nil
+}
+
+// Sign implements gateway.Token.
+func (k *Token) Sign(ctx context.Context, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	k.mu.Lock()
+	k.signs++
+	pair, before, after := k.pairs[string(id)], k.Before, k.After
+	k.mu.Unlock()
+	if pair == nil {
+		return nil, errors.New("no such pair")
+	}
+	if before != nil {
+		if err := before(ctx, id); err != nil {
+			return nil, err
+		}
+	}
+	sig, err := pair.Sign(rand.Reader, digest, opts)
+	if err != nil {
+		return nil, err
+	}
+	if pub, ok := pair.Public().(*ecdsa.PublicKey); ok {
+		if sig, err = raw(pub, sig); err != nil {
+			return nil, err
+		}
+	}
+	if after != nil {
+		sig = after(sig)
+	}
+	return sig, nil
+}
+
+// raw is the inverse of keys.ECDSAToASN1: what a PKCS#11 token returns.
+func raw(pub *ecdsa.PublicKey, der []byte) ([]byte, error) {
+	var v struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(der, &v); err != nil {
+		return nil, err
+	}
+	n := (pub.Curve.Params().N.BitLen() + 7) / 8
+	out := make([]byte, 2*n)
+	v.R.FillBytes(out[:n])
+	v.S.FillBytes(out[n:])
+	return out, nil
+}
+
+// Store keeps state in memory. It is safe for concurrent use.
+type Store struct {
+	mu    sync.Mutex
+	State store.State
+	rows  [][]byte
+
+	// Fail, where set, is asked before each commit: before is returned without
+	// storing anything, after is returned with everything stored.
+	Fail func(c store.Change) (before, after error)
+	// LoadError is returned by Load where set.
+	LoadError error
+}
+
+var _ store.Store = (*Store)(nil)
+
+// SetFail changes Fail while the store is in use.
+func (s *Store) SetFail(f func(store.Change) (before, after error), load error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.Fail, s.LoadError = f, load
+}
+
+// Load implements store.Store.
+func (s *Store) Load(context.Context) (store.State, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.State
+	st.Keys = append([]keys.Key(nil), st.Keys...)
+	return st, s.LoadError
+}
+
+// Commit implements store.Store.
+func (s *Store) Commit(_ context.Context, c store.Change) (int64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var after error
+	if s.Fail != nil {
+		var before error
+		if before, after = s.Fail(c); before != nil {
+			return 0, before
+		}
+	}
+	if c.CreateKey != nil {
+		for _, k := range s.State.Keys {
+			if k.Name == c.CreateKey.Name {
+				return 0, store.ErrExists
+			}
+		}
+		s.State.Keys = append(s.State.Keys, *c.CreateKey)
+	}
+	if c.SetState != nil {
+		for i := range s.State.Keys {
+			if s.State.Keys[i].Name == c.SetState.Name {
+				s.State.Keys[i].State = c.SetState.State
+			}
+		}
+	}
+	if c.Policy != nil {
+		s.State.Policy = c.Policy
+	}
+	first := int64(len(s.rows))
+	s.rows = append(s.rows, c.Audit...)
+	return first, after
+}
+
+// Audit implements store.Store.
+func (s *Store) Audit(_ context.Context, from int64, limit int) (int64, [][]byte, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := int64(len(s.rows))
+	if from < 0 {
+		from = max(0, n-int64(limit))
+	}
+	from = min(from, n)
+	return from, s.rows[from:min(n, from+int64(limit))], nil
+}
+
+// Close implements store.Store.
+func (s *Store) Close() error { return nil }
+
+// Entries returns every audit entry, and fails the test where one is not canonical.
+func (s *Store) Entries(t testing.TB) []audit.Entry {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []audit.Entry
+	for _, row := range s.rows {
+		e, err := audit.Parse(row)
+		if err != nil {
+			t.Fatalf("audit row %s: %v", row, err)
+		}
+		out = append(out, e)
+	}
+	return out
+}
+
+// Last returns the last audit entry.
+func (s *Store) Last(t testing.TB) audit.Entry {
+	t.Helper()
+	all := s.Entries(t)
+	if len(all) == 0 {
+		t.Fatal("the audit log is empty")
+	}
+	return all[len(all)-1]
+}
