@@ -1,0 +1,117 @@
+// Package exit ends the command-line programs: one table from errors to exit
+// codes, and one form of error message.
+package exit
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/signwarden/signwarden/gateway/sigerr"
+)
+
+// The exit codes of every command.
+const (
+	OK            = 0
+	Failed        = 1
+	Usage         = 2
+	NotVerified   = 3
+	Denied        = 4
+	Unavailable   = 5
+	SomeOfSeveral = 6
+)
+
+// codes maps the kinds of errors that a gateway tells apart; others are Failed.
+var codes = []struct {
+	kind error
+	code int
+}{
+	{sigerr.NotFound, Denied},
+	{sigerr.Denied, Denied},
+	{sigerr.Disabled, Denied},
+	{sigerr.Unauthenticated, Denied},
+	{sigerr.Invalid, Usage},
+	{sigerr.Conflict, Failed},
+	{sigerr.Overloaded, Unavailable},
+	{sigerr.Timeout, Unavailable},
+	{sigerr.Canceled, Failed},
+	{sigerr.TokenFailed, Unavailable},
+	{sigerr.Unavailable, Unavailable},
+}
+
+// Error is an error that knows its exit code or what to do about it.
+type Error struct {
+	Err  error
+	Code int    // 0: by the kind of Err
+	Hint string // what to do next; empty: nothing to add
+}
+
+func (e *Error) Error() string { return e.Err.Error() }
+func (e *Error) Unwrap() error { return e.Err }
+
+// Hint adds what to do next to an error; nil stays nil.
+func Hint(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return &Error{Err: err, Hint: fmt.Sprintf(format, args...)}
+}
+
+// WithCode gives an error an exit code; nil stays nil.
+func WithCode(err error, code int) error {
+	if err == nil {
+		return nil
+	}
+	return &Error{Err: err, Code: code}
+}
+
+// UsageError is for a command line that cannot be carried out.
+func UsageError(format string, args ...any) error {
+	return &Error{Err: fmt.Errorf(format, args...), Code: Usage}
+}
+
+// Code returns the exit code of err.
+func Code(err error) int {
+	if err == nil {
+		return OK
+	}
+	for e := err; e != nil; {
+		x, ok := errors.AsType[*Error](e)
+		if !ok {
+			break
+		}
+		if x.Code != 0 {
+			return x.Code
+		}
+		e = x.Err
+	}
+	kind := sigerr.Kind(err)
+	for _, row := range codes {
+		if row.kind == kind {
+			return row.code
+		}
+	}
+	return Failed
+}
+
+// hints are for kinds of errors that come without a hint of their own.
+var hints = map[error]string{
+	sigerr.NotFound:        "`signwarden key list` shows the keys you may see; an administrator grants more with `signwarden policy apply`",
+	sigerr.Denied:          "an administrator can see why with `signwarden policy test`, and change it with `signwarden policy apply`",
+	sigerr.Overloaded:      "try again later, or with fewer requests at a time",
+	sigerr.Unavailable:     "is the gateway running, and does its log say why it cannot serve? `signwarden ping --wait 10s` waits for it",
+	sigerr.TokenFailed:     "the gateway's log and audit log say what the token answered; `signwardend check` examines it",
+	sigerr.Unauthenticated: "ask the gateway's administrator for a new profile: `signwardend client create NAME`",
+}
+
+// Print writes err as "prog: message" and, where there is one, "hint: what to do".
+func Print(w io.Writer, prog string, err error) {
+	fmt.Fprintf(w, "%s: %v\n", prog, err)
+	hint := hints[sigerr.Kind(err)]
+	if x, ok := errors.AsType[*Error](err); ok && x.Hint != "" {
+		hint = x.Hint
+	}
+	if hint != "" {
+		fmt.Fprintf(w, "hint: %s\n", hint)
+	}
+}

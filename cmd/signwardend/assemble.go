@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/formats/openpgp"
+	"github.com/signwarden/signwarden/gateway"
+	"github.com/signwarden/signwarden/gateway/config"
+	"github.com/signwarden/signwarden/gateway/store"
+	"github.com/signwarden/signwarden/hsm"
+)
+
+// load reads the configuration that the flags name.
+func (d *dirFlags) load() (config.Config, error) {
+	path := d.config
+	if path == "" {
+		path = filepath.Join(d.dir, config.FileName)
+	}
+	c, err := config.Load(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return c, exit.Hint(err, "make one with: signwardend init --dir %s --dev", filepath.Dir(path))
+	}
+	return c, err
+}
+
+// openToken opens the token that the configuration names.
+func openToken(ctx context.Context, c config.Token, log *slog.Logger) (*hsm.Pool, error) {
+	pin, err := hsm.ReadPIN(c.PINFile)
+	if err != nil {
+		return nil, fmt.Errorf("token.pin_file: %w", err)
+	}
+	return hsm.Open(ctx, hsm.Config{
+		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, PIN: pin, Sessions: c.Sessions, Logger: log,
+	})
+}
+
+// lockStore makes sure that one process at a time decides on a store: another
+// one would not see what an administrator changes here.
+func lockStore(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path+".lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("locking the store: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, exit.Hint(fmt.Errorf("the store %s is in use by another signwardend", path), "stop that one first")
+	}
+	return func() { f.Close() }, nil
+}
+
+// certify makes OpenPGP certificates for the gateway, which knows no formats.
+func certify(userID string, created, expires time.Time, primary, subkey crypto.Signer) ([]byte, error) {
+	return openpgp.NewCertificate(openpgp.CertificateSpec{
+		UserID: userID, Created: created, Expires: expires, Primary: primary, Subkey: subkey,
+	})
+}
+
+// parts is an assembled gateway.
+type parts struct {
+	gateway *gateway.Gateway
+	token   *hsm.Pool
+	store   *store.SQLite
+	unlock  func()
+}
+
+// assemble opens what the configuration names. Close the result.
+func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts, err error) {
+	p := &parts{}
+	defer func() {
+		if err != nil {
+			p.close(log)
+		}
+	}()
+	p.unlock, err = lockStore(c.Store.SQLite)
+	if err != nil {
+		return nil, err
+	}
+	p.store, err = store.OpenSQLite(ctx, c.Store.SQLite)
+	if err != nil {
+		return nil, err
+	}
+	p.token, err = openToken(ctx, c.Token, log)
+	if err != nil {
+		return nil, err
+	}
+	p.gateway, err = gateway.New(ctx, gateway.Config{
+		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Logger: log,
+		MaxInFlight: c.Limits.InFlight, MaxPerPrincipal: c.Limits.InFlightPerPrincipal,
+		SignTimeout: time.Duration(c.Limits.SignTimeout),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// close closes what is open, in the order in which the parts use each other.
+func (p *parts) close(log *slog.Logger) {
+	if p.gateway != nil {
+		p.gateway.Close()
+	}
+	if p.token != nil {
+		if err := p.token.Close(); err != nil {
+			log.Warn("closing the token", "error", err)
+		}
+	}
+	if p.store != nil {
+		if err := p.store.Close(); err != nil {
+			log.Warn("closing the store", "error", err)
+		}
+	}
+	if p.unlock != nil {
+		p.unlock()
+	}
+}

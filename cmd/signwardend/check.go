@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/gateway/config"
+	"github.com/signwarden/signwarden/gateway/grpcapi"
+	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/gateway/store"
+	"github.com/signwarden/signwarden/hsm"
+)
+
+func checkCommand() *cobra.Command {
+	var d dirFlags
+	c := &cobra.Command{
+		Use:   "check",
+		Short: "Examine configuration, certificates, store, module, token and keys",
+		Long: `check examines everything that serve needs and tells each result. It changes
+nothing, and works beside a gateway that serves. The PIN is tried once.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return check(cmd.Context(), &d, os.Stdout) },
+	}
+	d.add(c)
+	return c
+}
+
+// report prints results and counts the bad ones.
+type report struct {
+	out io.Writer
+	bad int
+}
+
+func (r *report) result(what string, err error, good string, args ...any) bool {
+	if err != nil {
+		r.bad++
+		fmt.Fprintf(r.out, "FAIL  %-14s %v\n", what, err)
+		return false
+	}
+	fmt.Fprintf(r.out, "ok    %-14s %s\n", what, fmt.Sprintf(good, args...))
+	return true
+}
+
+func check(ctx context.Context, d *dirFlags, out io.Writer) error {
+	r := &report{out: out}
+	conf, err := d.load()
+	if !r.result("configuration", err, "listen %s, %d agent sockets", conf.Listen, len(conf.Agents)) {
+		return exit.Hint(errors.New("the configuration cannot be read"), "nothing else was examined")
+	}
+	r.certificates(conf.TLS)
+	state, stored := r.store(ctx, conf.Store)
+	r.token(ctx, conf.Token, state, stored)
+	if r.bad > 0 {
+		return fmt.Errorf("%d of the checks failed", r.bad)
+	}
+	return nil
+}
+
+func (r *report) certificates(c config.TLS) {
+	t, err := grpcapi.LoadTLS(tlsFiles(c))
+	if !r.result("tls files", err, "%s, %s, %s", c.Certificate, c.Key, c.ClientCA) {
+		return
+	}
+	leaf := t.Certificates[0].Leaf
+	r.result("certificate", validNow(leaf), "for %v %v until %s", leaf.DNSNames, leaf.IPAddresses, leaf.NotAfter.Format(time.DateOnly))
+}
+
+func validNow(c *x509.Certificate) error {
+	now := time.Now()
+	switch {
+	case now.Before(c.NotBefore):
+		return fmt.Errorf("not valid before %s: is the clock right?", c.NotBefore.Format(time.RFC3339))
+	case now.After(c.NotAfter):
+		return fmt.Errorf("expired at %s: issue a new one", c.NotAfter.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// store reads the store, where there is one: opening makes a missing one.
+func (r *report) store(ctx context.Context, c config.Store) (store.State, bool) {
+	if _, err := os.Stat(c.SQLite); err != nil {
+		r.result("store", err, "")
+		return store.State{}, false
+	}
+	s, err := store.OpenSQLite(ctx, c.SQLite)
+	if err != nil {
+		r.result("store", err, "")
+		return store.State{}, false
+	}
+	defer s.Close()
+	state, err := s.Load(ctx)
+	if !r.result("store", err, "%s, %d keys", c.SQLite, len(state.Keys)) {
+		return state, false
+	}
+	rules, err := policy.Parse(state.Policy)
+	if err == nil && rules.Len() == 0 {
+		err = errors.New("there are no rules: nobody may do anything, administrators neither")
+	}
+	n := 0
+	if rules != nil {
+		n = rules.Len()
+	}
+	r.result("policy", err, "%d rules", n)
+	return state, true
+}
+
+func (r *report) token(ctx context.Context, c config.Token, state store.State, stored bool) {
+	pool, err := openToken(ctx, c, slog.New(slog.DiscardHandler))
+	if !r.result("token", err, "%q by %s", c.Label, c.Module) {
+		return
+	}
+	defer pool.Close()
+	info := pool.Info()
+	r.result("module", nil, "%s %s, Cryptoki %s, token %s %s, %d sessions",
+		info.Module, info.ModuleVersion, info.CryptokiVersion, info.TokenModel, info.TokenSerial, info.Sessions)
+	for _, m := range info.Mechanisms {
+		if !m.Offered {
+			fmt.Fprintf(r.out, "note  %-14s the token does not offer %s\n", "mechanism", m.Name)
+		}
+	}
+	if stored {
+		r.keys(ctx, pool, state.Keys)
+	}
+}
+
+// keys sees that each registered key is in the token and still the same.
+func (r *report) keys(ctx context.Context, pool *hsm.Pool, all []keys.Key) {
+	for _, k := range all {
+		pub, err := pool.PublicKey(ctx, k.ID)
+		var der []byte
+		if err == nil {
+			der, err = x509.MarshalPKIXPublicKey(pub)
+		}
+		if err == nil && string(der) != string(k.Public) {
+			err = errors.New("the token holds another public key under this id; nothing is signed with it")
+		}
+		r.result("key "+k.Name, err, "%s, %s", k.Algorithm, k.State)
+	}
+}

@@ -1,0 +1,218 @@
+// Package config reads signwardend.yaml: strict YAML into a checked [Config].
+// An unknown field is an error; errors name the field, and the line where the
+// YAML itself is wrong. Nothing here opens a module, a store or a socket.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/signwarden/signwarden/gateway/ident"
+)
+
+// FileName is the configuration's name in a gateway's directory.
+const FileName = "signwardend.yaml"
+
+// maxFile bounds a configuration file, in bytes.
+const maxFile = 1 << 20
+
+// Config is signwardend.yaml. Paths in the file are relative to its directory;
+// Load makes them absolute.
+type Config struct {
+	// Listen is the address of the gRPC listener, host:port.
+	Listen string `yaml:"listen"`
+	TLS    TLS    `yaml:"tls"`
+	Token  Token  `yaml:"token"`
+	Store  Store  `yaml:"store"`
+	// Agents are sockets for users of this host.
+	Agents []Agent `yaml:"agents,omitempty"`
+	Limits Limits  `yaml:"limits,omitempty"`
+}
+
+// TLS names PEM files. There is no way to serve without them.
+type TLS struct {
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
+	// ClientCA holds the certificates that issue client certificates.
+	ClientCA string `yaml:"client_ca"`
+}
+
+// Token is a PKCS#11 token.
+type Token struct {
+	Module string `yaml:"module"`
+	Label  string `yaml:"label"`
+	// PINFile holds the user PIN on one line, and is readable by its owner only.
+	PINFile string `yaml:"pin_file"`
+	// Environment is set before the module is loaded. A value that begins with
+	// "./" is a path relative to the configuration.
+	Environment map[string]string `yaml:"environment,omitempty"`
+	// Sessions bounds concurrent signatures; 0: one per CPU.
+	Sessions int `yaml:"sessions,omitempty"`
+}
+
+// Store is where keys, policy and the audit log are kept.
+type Store struct {
+	SQLite string `yaml:"sqlite"`
+}
+
+// Agent is a socket for local users.
+type Agent struct {
+	// GPGSocket is the path of a gpg-agent socket.
+	GPGSocket string `yaml:"gpg_socket"`
+	// Principal is who its users act as.
+	Principal string `yaml:"principal"`
+	// UIDs may connect; at least one.
+	UIDs []uint32 `yaml:"uids"`
+}
+
+// Limits are bounds; zero: the default.
+type Limits struct {
+	// InFlight bounds requests under way, InFlightPerPrincipal those of one
+	// principal, InFlightPerStream those of one gRPC stream.
+	InFlight             int `yaml:"in_flight,omitempty"`
+	InFlightPerPrincipal int `yaml:"in_flight_per_principal,omitempty"`
+	InFlightPerStream    int `yaml:"in_flight_per_stream,omitempty"`
+	// SignTimeout bounds one request's time at the token, like 30s.
+	SignTimeout Duration `yaml:"sign_timeout,omitempty"`
+	// DrainTimeout bounds a graceful stop.
+	DrainTimeout Duration `yaml:"drain_timeout,omitempty"`
+}
+
+// Duration is a time.Duration written like 30s or 2m.
+type Duration time.Duration
+
+// UnmarshalYAML implements goccy's BytesUnmarshaler.
+func (d *Duration) UnmarshalYAML(b []byte) error {
+	v, err := time.ParseDuration(string(bytes.Trim(bytes.TrimSpace(b), `"'`)))
+	if err != nil || v < 0 {
+		return fmt.Errorf("%s is no duration like 30s or 2m", b)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// MarshalYAML implements goccy's BytesMarshaler.
+func (d Duration) MarshalYAML() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// Load reads and checks a configuration file.
+func Load(path string) (Config, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration: %w", err)
+	}
+	f, err := os.Open(abs)
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration: %w", err)
+	}
+	if len(b) > maxFile {
+		return Config{}, fmt.Errorf("configuration %s has over %d bytes", abs, maxFile)
+	}
+	c, err := Parse(b, filepath.Dir(abs))
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration %s: %w", abs, err)
+	}
+	return c, nil
+}
+
+// Parse reads and checks a configuration whose relative paths are relative to dir.
+func Parse(b []byte, dir string) (Config, error) {
+	var c Config
+	dec := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict())
+	if err := dec.Decode(&c); err != nil {
+		if errors.Is(err, io.EOF) {
+			return c, errors.New("it is empty")
+		}
+		return c, errors.New(yaml.FormatError(err, false, true))
+	}
+	if err := dec.Decode(&Config{}); !errors.Is(err, io.EOF) {
+		return c, errors.New("a second YAML document follows the first")
+	}
+	c.absolute(dir)
+	return c, c.check()
+}
+
+// absolute resolves every path against dir.
+func (c *Config) absolute(dir string) {
+	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Token.PINFile, &c.Store.SQLite}
+	for i := range c.Agents {
+		paths = append(paths, &c.Agents[i].GPGSocket)
+	}
+	for _, p := range paths {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	for name, v := range c.Token.Environment {
+		if len(v) > 2 && v[:2] == "./" {
+			c.Token.Environment[name] = filepath.Join(dir, v)
+		}
+	}
+}
+
+func (c *Config) check() error {
+	for _, f := range []struct{ name, value string }{
+		{"listen", c.Listen},
+		{"tls.certificate", c.TLS.Certificate}, {"tls.key", c.TLS.Key}, {"tls.client_ca", c.TLS.ClientCA},
+		{"token.module", c.Token.Module}, {"token.label", c.Token.Label}, {"token.pin_file", c.Token.PINFile},
+		{"store.sqlite", c.Store.SQLite},
+	} {
+		if f.value == "" {
+			return fmt.Errorf("%s is missing", f.name)
+		}
+	}
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+		return fmt.Errorf("listen: %q is not host:port", c.Listen)
+	}
+	if !filepath.IsAbs(c.Token.Module) {
+		return fmt.Errorf("token.module: %q is not an absolute path", c.Token.Module)
+	}
+	for _, f := range []struct {
+		name  string
+		value int
+	}{
+		{"token.sessions", c.Token.Sessions}, {"limits.in_flight", c.Limits.InFlight},
+		{"limits.in_flight_per_principal", c.Limits.InFlightPerPrincipal},
+		{"limits.in_flight_per_stream", c.Limits.InFlightPerStream},
+	} {
+		if f.value < 0 {
+			return fmt.Errorf("%s: %d is negative", f.name, f.value)
+		}
+	}
+	sockets := map[string]bool{}
+	for i, a := range c.Agents {
+		if err := a.check(sockets); err != nil {
+			return fmt.Errorf("agents[%d].%w", i, err)
+		}
+	}
+	return nil
+}
+
+func (a *Agent) check(seen map[string]bool) error {
+	if a.GPGSocket == "" {
+		return errors.New("gpg_socket is missing")
+	}
+	if seen[a.GPGSocket] {
+		return fmt.Errorf("gpg_socket: %s is taken by an earlier entry", a.GPGSocket)
+	}
+	seen[a.GPGSocket] = true
+	if err := ident.CheckName(a.Principal); err != nil {
+		return fmt.Errorf("principal: %w", err)
+	}
+	if len(a.UIDs) == 0 {
+		return errors.New("uids is missing: say which users may connect")
+	}
+	return nil
+}

@@ -1,0 +1,85 @@
+package config_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/signwarden/signwarden/gateway/config"
+)
+
+const good = `listen: 127.0.0.1:7443
+tls: {certificate: tls/server.crt, key: tls/server.key, client_ca: /etc/ca.crt}
+token:
+  module: /usr/lib/softhsm/libsofthsm2.so
+  label: signwarden
+  pin_file: pin
+  environment: {SOFTHSM2_CONF: ./softhsm2.conf, OTHER: value}
+store: {sqlite: db.sqlite}
+agents:
+  - {gpg_socket: S.gpg-agent, principal: builder, uids: [0, 1000]}
+limits: {sign_timeout: 10s, in_flight: 7}
+`
+
+func TestLoad(t *testing.T) {
+	path := filepath.Join(t.TempDir(), config.FileName)
+	if err := os.WriteFile(path, []byte(good), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := config.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := func(name string) string { return filepath.Join(filepath.Dir(path), name) }
+	want := config.Config{
+		Listen: "127.0.0.1:7443",
+		TLS:    config.TLS{Certificate: at("tls/server.crt"), Key: at("tls/server.key"), ClientCA: "/etc/ca.crt"},
+		Token: config.Token{
+			Module: "/usr/lib/softhsm/libsofthsm2.so", Label: "signwarden", PINFile: at("pin"),
+			Environment: map[string]string{"SOFTHSM2_CONF": at("softhsm2.conf"), "OTHER": "value"},
+		},
+		Store:  config.Store{SQLite: at("db.sqlite")},
+		Agents: []config.Agent{{GPGSocket: at("S.gpg-agent"), Principal: "builder", UIDs: []uint32{0, 1000}}},
+		Limits: config.Limits{SignTimeout: config.Duration(10 * time.Second), InFlight: 7},
+	}
+	if diff := cmp.Diff(got, want); diff != "" {
+		t.Errorf("got (-) want (+):\n%s", diff)
+	}
+}
+
+// Each error tells where in the file it is.
+func TestParseErrors(t *testing.T) {
+	for _, tt := range []struct{ name, old, new, want string }{
+		{"unknown field", "listen:", "listne:", `unknown field "listne"`},
+		{"line", "label: signwarden", "lable: signwarden", "[5:"},
+		{"missing", "  pin_file: pin\n", "", "token.pin_file is missing"},
+		{"listen", "127.0.0.1:7443", "localhost", `listen: "localhost" is not host:port`},
+		{"module", "/usr/lib/softhsm/", "", "token.module"},
+		{"duration", "10s", "10", "no duration"},
+		{"negative", "in_flight: 7", "in_flight: -7", "limits.in_flight"},
+		{"no uids", "uids: [0, 1000]", "uids: []", "agents[0].uids is missing"},
+		{"principal", "principal: builder", "principal: '*'", "agents[0].principal"},
+		{"twice", "agents:\n", "agents:\n  - {gpg_socket: S.gpg-agent, principal: x, uids: [0]}\n", "agents[1].gpg_socket"},
+		{"duplicate", "store:", "listen: 1.2.3.4:1\nstore:", "listen"},
+		{"second document", "limits:", "---\nlimits:", "second YAML document"},
+		{"empty", good, "", "empty"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			text := strings.Replace(good, tt.old, tt.new, 1)
+			if text == good {
+				t.Fatal("the test changes nothing")
+			}
+			_, err := config.Parse([]byte(text), "/d")
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want an error with %q", err, tt.want)
+			}
+		})
+	}
+	if _, err := config.Load("/nonexistent/x.yaml"); err == nil || !strings.Contains(err.Error(), "/nonexistent/x.yaml") {
+		t.Errorf("missing file: got %v", err)
+	}
+}
