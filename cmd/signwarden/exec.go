@@ -1,0 +1,236 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/formats/openpgp"
+	"github.com/signwarden/signwarden/gateway/client"
+)
+
+// childExit is the exit code of the command that exec ran; it becomes ours.
+type childExit int
+
+func (c childExit) Error() string { return fmt.Sprintf("the command exited with %d", int(c)) }
+
+// The exit codes that shells and env(1) use.
+const (
+	exitNotExecutable = 126
+	exitNotFound      = 127
+	exitSignal        = 128 // and the signal's number
+)
+
+func (a *app) execCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "exec -- COMMAND [ARG]...",
+		Short: "Run a command whose gpg signs through the gateway",
+		Long: `exec runs a command in a GNUPGHOME of its own, in which gpg finds an agent that
+signs with the keys you may use, and their certificates. Nothing in your own
+GNUPGHOME is read or changed, and everything is gone when the command has ended.
+Signals are passed on; the exit code is the command's.
+
+Name a key to gpg by its user id, address or fingerprint: signwarden key list.`,
+		Example: `  signwarden exec -- rpmsign --define '_gpg_name release@example.org' --addsign x.rpm
+  signwarden exec -- gpg --detach-sign --local-user release@example.org SHA256SUMS
+  signwarden exec -- git tag -s -u release@example.org v1.0`,
+		Args: args(cobra.MinimumNArgs(1)),
+		RunE: func(cmd *cobra.Command, argv []string) error {
+			return a.with(func(c *client.Client) error { return a.exec(cmd.Context(), c, argv) })
+		},
+	}
+}
+
+func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err error) {
+	program, err := exec.LookPath(argv[0])
+	if err != nil {
+		a.say("signwarden: %v", err)
+		if errors.Is(err, os.ErrPermission) {
+			return childExit(exitNotExecutable)
+		}
+		return childExit(exitNotFound)
+	}
+	// From here on a signal is the command's, not ours: cleaning up comes after it.
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGCONT)
+	defer signal.Stop(signals)
+	ctx = context.WithoutCancel(ctx)
+
+	session, err := c.Session(ctx, "openpgp")
+	if err != nil {
+		return err
+	}
+	certs, err := certificates(ctx, c)
+	if err != nil {
+		return err
+	}
+	home, err := newGnuPGHome()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, home.remove()) }()
+	if err := home.populate(certs); err != nil {
+		return err
+	}
+	agent, err := a.startAgent(session, home.socket)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, agent.stop()) }()
+
+	cmd := exec.Command(program, a.forRPM(argv)[1:]...)
+	cmd.Args[0] = argv[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = a.in, os.Stdout, os.Stderr
+	cmd.Env = home.env
+	if err := cmd.Start(); err != nil {
+		a.say("signwarden: %v", err)
+		return childExit(exitNotExecutable)
+	}
+	return wait(cmd, signals, a.in)
+}
+
+// wait passes signals on until the command has ended. On a terminal SIGINT and
+// SIGQUIT come from the keyboard, to the whole foreground group: the command has
+// them already.
+func wait(cmd *exec.Cmd, signals <-chan os.Signal, in *os.File) error {
+	tty := term.IsTerminal(int(in.Fd()))
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for {
+		select {
+		case s := <-signals:
+			if tty && (s == unix.SIGINT || s == unix.SIGQUIT) {
+				continue
+			}
+			// It may have ended meanwhile; then there is nobody to signal.
+			_ = cmd.Process.Signal(s)
+		case err := <-ended:
+			x, ok := errors.AsType[*exec.ExitError](err)
+			if !ok {
+				return err
+			}
+			if ws, ok := x.Sys().(interface{ Signal() unix.Signal }); ok && x.ExitCode() < 0 {
+				return childExit(exitSignal + int(ws.Signal()))
+			}
+			return childExit(x.ExitCode())
+		}
+	}
+}
+
+// certificates returns the OpenPGP certificates of the keys that we may sign with.
+func certificates(ctx context.Context, c *client.Client) ([]client.Key, error) {
+	all, err := c.Keys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(k client.Key) bool { return !k.MaySign || k.OpenPGP == nil }), nil
+}
+
+// forRPM gives rpm a gpg to run where its own macro names one that is missing:
+// Debian's rpm 4.18 wants /usr/bin/gpg2, which its gnupg package does not have.
+func (a *app) forRPM(argv []string) []string {
+	if !slices.Contains([]string{"rpm", "rpmsign", "rpmbuild"}, filepath.Base(argv[0])) {
+		return argv
+	}
+	out, err := exec.Command("rpm", "--eval", "%{__gpg}").Output()
+	if err != nil {
+		return argv
+	}
+	wanted := strings.TrimSpace(string(out))
+	gpg, err := exec.LookPath("gpg")
+	if _, serr := os.Stat(wanted); serr == nil || err != nil {
+		return argv
+	}
+	a.say("signwarden: rpm's %%__gpg is %s, which is missing; adding --define '__gpg %s'", wanted, gpg)
+	return slices.Concat(argv[:1], []string{"--define", "__gpg " + gpg}, argv[1:])
+}
+
+// gnupgHome is a GNUPGHOME for one command.
+type gnupgHome struct {
+	dir, socket string
+	env         []string
+	socketDir   bool // gpgconf made a directory for the socket elsewhere
+}
+
+// newGnuPGHome makes the directory and asks gpgconf where gpg will look for its
+// agent in it: beside the other files, or under /run/user where that exists.
+func newGnuPGHome() (*gnupgHome, error) {
+	dir, err := os.MkdirTemp("", "signwarden-")
+	if err != nil {
+		return nil, fmt.Errorf("making a GNUPGHOME: %w", err)
+	}
+	h := &gnupgHome{dir: dir}
+	h.env = append(slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "GNUPGHOME=") || strings.HasPrefix(v, "GPG_AGENT_INFO=")
+	}), "GNUPGHOME="+dir)
+	h.socket, err = gpgSocket("auto", h.env)
+	if err != nil {
+		return nil, errors.Join(err, h.remove())
+	}
+	if filepath.Dir(h.socket) != dir {
+		// It fails where /run/user is missing, but then gpg looks in the home.
+		h.socketDir = h.run(nil, "gpgconf", "--create-socketdir") == nil
+	}
+	return h, nil
+}
+
+// populate configures gpg and imports the certificates, trusted: they come from
+// the gateway, over its authenticated connection.
+func (h *gnupgHome) populate(all []client.Key) error {
+	for _, name := range []string{"gpg.conf", "gpgsm.conf"} {
+		// An agent of gpg's own would take the socket over, and hold no keys.
+		if err := os.WriteFile(filepath.Join(h.dir, name), []byte("no-autostart\n"), 0o600); err != nil {
+			return err
+		}
+	}
+	if len(all) == 0 {
+		return nil
+	}
+	var certs, trust bytes.Buffer
+	for _, k := range all {
+		cert, err := openpgp.ParseCertificate(k.OpenPGP.Certificate)
+		if err != nil {
+			return fmt.Errorf("certificate of %q: %w", k.Name, err)
+		}
+		certs.Write(k.OpenPGP.Certificate)
+		fmt.Fprintf(&trust, "%s:6:\n", cert.Fingerprint())
+	}
+	if err := h.run(&certs, "gpg", "--batch", "--quiet", "--import"); err != nil {
+		return err
+	}
+	return h.run(&trust, "gpg", "--batch", "--quiet", "--import-ownertrust")
+}
+
+func (h *gnupgHome) run(in *bytes.Buffer, name string, args ...string) error {
+	cmd := exec.Command(name, args...)
+	cmd.Env = h.env
+	if in != nil {
+		cmd.Stdin = in
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return exit.Hint(fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(out)),
+			"is GnuPG installed? apt-get install gnupg, or dnf install gnupg2")
+	}
+	return nil
+}
+
+func (h *gnupgHome) remove() error {
+	if h.socketDir {
+		// Best effort: it is empty, and below /run/user.
+		_ = h.run(nil, "gpgconf", "--remove-socketdir")
+	}
+	return os.RemoveAll(h.dir)
+}

@@ -1,0 +1,169 @@
+// Command signwarden is the client: it signs files and brings agent sockets up
+// on a build host, administers keys and policy, and reads the audit log. It
+// sends digests to a gateway and holds no key.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/gateway/client"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	err := newRoot(os.Stdin, os.Stdout, os.Stderr).ExecuteContext(ctx)
+	stop()
+	if s, ok := errors.AsType[childExit](err); ok {
+		os.Exit(int(s))
+	}
+	if err != nil {
+		exit.Print(os.Stderr, "signwarden", err)
+	}
+	os.Exit(exit.Code(err))
+}
+
+// app is what the commands share.
+type app struct {
+	in       *os.File
+	out, err io.Writer
+	profile  string
+	format   string // table or json
+	log      *slog.Logger
+}
+
+func newRoot(in *os.File, out, errOut io.Writer) *cobra.Command {
+	a := &app{in: in, out: out, err: errOut, log: slog.New(slog.NewTextHandler(errOut, nil))}
+	root := &cobra.Command{
+		Use:   "signwarden",
+		Short: "Sign with keys that stay in a Signwarden gateway's token",
+		Long: `signwarden signs with keys that never leave the token of a Signwarden gateway.
+Only digests are sent.
+
+Unmodified tools sign through it:
+  signwarden exec -- rpmsign --define '_gpg_name release@example.org' --addsign x.rpm
+  signwarden agent --gpg-socket auto
+
+It also signs by itself, and administers keys, policy and the audit log.
+
+The gateway and our certificate are named by a client profile: --profile,
+SIGNWARDEN_PROFILE, or $XDG_CONFIG_HOME/signwarden/client.yaml.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 a signature did not
+verify, 4 denied, 5 the gateway is unavailable, 6 some of several files failed.`,
+		Version:           version(),
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			if a.format != "table" && a.format != "json" {
+				return exit.UsageError("-o %q is neither table nor json", a.format)
+			}
+			return nil
+		},
+	}
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return exit.Hint(exit.UsageError("%w", err), "see `%s --help`", c.CommandPath())
+	})
+	root.SetOut(out)
+	root.SetErr(errOut)
+	root.PersistentFlags().StringVar(&a.profile, "profile", "", "client profile (default: $SIGNWARDEN_PROFILE, or $XDG_CONFIG_HOME/signwarden/client.yaml)")
+	root.PersistentFlags().StringVarP(&a.format, "output-format", "o", "table", "how data is printed: table or json")
+	root.AddCommand(a.pingCommand(), a.keyCommand(), a.policyCommand(), a.signCommand(), a.agentCommand(),
+		a.execCommand(), a.auditCommand(), a.benchCommand())
+	return root
+}
+
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+// args wraps a cobra argument check, so that its error is one of usage.
+func args(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(c *cobra.Command, a []string) error {
+		if err := check(c, a); err != nil {
+			return exit.Hint(exit.UsageError("%w", err), "see `%s --help`", c.CommandPath())
+		}
+		return nil
+	}
+}
+
+// profilePath is where the profile is to be.
+func (a *app) profilePath() (string, error) {
+	if a.profile != "" {
+		return a.profile, nil
+	}
+	if p := os.Getenv("SIGNWARDEN_PROFILE"); p != "" {
+		return p, nil
+	}
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", exit.Hint(err, "name the client profile with --profile or SIGNWARDEN_PROFILE")
+	}
+	return filepath.Join(dir, "signwarden", "client.yaml"), nil
+}
+
+// config reads the profile.
+func (a *app) config() (client.Config, error) {
+	path, err := a.profilePath()
+	if err != nil {
+		return client.Config{}, err
+	}
+	c, err := client.LoadProfile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return c, exit.Hint(err, "name the client profile with --profile or SIGNWARDEN_PROFILE; `signwardend client create NAME` makes one")
+	}
+	c.Logger = a.log
+	return c, err
+}
+
+// dial reads the profile and makes a client.
+func (a *app) dial() (*client.Client, error) {
+	c, err := a.config()
+	if err != nil {
+		return nil, err
+	}
+	return client.Dial(c)
+}
+
+// with runs f with a client.
+func (a *app) with(f func(*client.Client) error) error {
+	c, err := a.dial()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return f(c)
+}
+
+// print writes v as JSON, or has table write it in columns.
+func (a *app) print(v any, table func(w io.Writer)) error {
+	if a.format == "json" {
+		enc := json.NewEncoder(a.out)
+		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false)
+		return enc.Encode(v)
+	}
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	table(w)
+	return w.Flush()
+}
+
+// say tells a person something on stderr.
+func (a *app) say(format string, args ...any) { fmt.Fprintf(a.err, format+"\n", args...) }

@@ -1,0 +1,160 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/gateway/client"
+	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/policy"
+)
+
+func (a *app) policyCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "policy",
+		Short: "Say who may do what with which key",
+		Long: `The policy is one YAML file of rules. What no rule allows is denied.
+
+rules:
+  - name: release-team              # unique
+    principals: [alice, "spiffe://example.org/ci/*"]   # exact or glob; * does not cross /
+    keys: ["release-*"]             # exact or glob
+    may: [sign, read]               # sign, read, admin
+    formats: [openpgp, rpm]         # or "*"; needed with sign
+    blind: true                     # may sign bare digests: gpg, rpmsign, this client
+    hashes: [sha256, sha512]        # default: sha256, sha384, sha512
+    not_before: 2027-01-01T00:00:00Z
+    not_after: 2027-12-31T23:59:59Z
+    rate: 5000/h                    # each principal and key: per s, m or h
+
+Administrators are principals with may: [admin] on keys: ["*"].`,
+	}
+	c.AddCommand(a.policyApply(), a.policyShow(), a.policyTest())
+	return c
+}
+
+func (a *app) policyApply() *cobra.Command {
+	var file string
+	c := &cobra.Command{
+		Use:   "apply -f policy.yaml",
+		Short: "Replace the rules",
+		Long: `apply replaces the rules by those of a file (- reads standard input). A file that
+is wrong, or under which you would no longer be an administrator, changes nothing.
+Requests on open streams are decided by the new rules at once.`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			source, err := a.readFile(file, policy.MaxSource)
+			if err != nil {
+				return err
+			}
+			return a.with(func(c *client.Client) error {
+				n, err := c.ApplyPolicy(cmd.Context(), source)
+				if err != nil {
+					return err
+				}
+				return a.print(map[string]int{"rules": n}, func(w io.Writer) { fmt.Fprintf(w, "%d rules are in force\n", n) })
+			})
+		},
+	}
+	c.Flags().StringVarP(&file, "file", "f", "", "policy file; - is standard input")
+	if err := c.MarkFlagRequired("file"); err != nil {
+		panic(err) // the flag is defined above
+	}
+	return c
+}
+
+// readFile reads a file or standard input, at most limit bytes.
+func (a *app) readFile(path string, limit int64) ([]byte, error) {
+	f := a.in
+	if path != "-" {
+		var err error
+		if f, err = os.Open(path); err != nil {
+			return nil, err
+		}
+		defer f.Close()
+	}
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, fmt.Errorf("reading %s: %w", path, err)
+	}
+	if int64(len(b)) > limit {
+		return nil, exit.UsageError("%s has over %d bytes", path, limit)
+	}
+	return b, nil
+}
+
+func (a *app) policyShow() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show",
+		Short: "Print the rules in force, as they were applied",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.with(func(c *client.Client) error {
+				source, err := c.Policy(cmd.Context())
+				if err != nil {
+					return err
+				}
+				return a.print(map[string]string{"source": string(source)}, func(w io.Writer) { _, _ = a.out.Write(source) })
+			})
+		},
+	}
+}
+
+func (a *app) policyTest() *cobra.Command {
+	var q client.PolicyQuery
+	var hash string
+	c := &cobra.Command{
+		Use:   "test --key K [--principal P] [--format F]",
+		Short: "Tell what would be decided, by which rule, and why",
+		Long: `test asks the rules in force what they would say to a request for a bare digest.
+It signs nothing. Exit code 0: allowed; 4: denied.`,
+		Example: `  signwarden policy test --principal alice --key release --format rpm`,
+		Args:    args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			h, ok := keys.Hashes[hash]
+			if !ok {
+				return exit.UsageError("--hash %q is not sha256, sha384 or sha512", hash)
+			}
+			q.Hash = h
+			if (q.Action == "sign") == (q.Format == "") {
+				return exit.UsageError("--format goes with signing, and signing needs it")
+			}
+			return a.with(func(c *client.Client) error { return a.testPolicy(cmd, c, q) })
+		},
+	}
+	c.Flags().StringVar(&q.Principal, "principal", "", "who (default: you)")
+	c.Flags().StringVar(&q.Key, "key", "", "name of the key; it need not exist")
+	c.Flags().StringVar(&q.Action, "action", "sign", "sign, read or admin")
+	c.Flags().StringVar(&q.Format, "format", "", "what the signature is for, like openpgp or rpm")
+	c.Flags().StringVar(&hash, "hash", "sha256", "the digest's hash")
+	if err := c.MarkFlagRequired("key"); err != nil {
+		panic(err) // the flag is defined above
+	}
+	return c
+}
+
+func (a *app) testPolicy(cmd *cobra.Command, c *client.Client, q client.PolicyQuery) error {
+	d, err := c.TestPolicy(cmd.Context(), q)
+	if err != nil {
+		return err
+	}
+	err = a.print(d, func(w io.Writer) {
+		if d.Allowed {
+			fmt.Fprintf(w, "allowed by rule %q\n", d.Rule)
+		} else {
+			fmt.Fprintf(w, "denied: %s\n", d.Reason)
+		}
+		for _, r := range d.Rules {
+			fmt.Fprintf(w, "  %s\n", r)
+		}
+	})
+	if err == nil && !d.Allowed {
+		err = exit.WithCode(errors.New("the rules do not allow it"), exit.Denied)
+	}
+	return err
+}
