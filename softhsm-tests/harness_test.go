@@ -1,0 +1,270 @@
+// Package softhsm_test drives the built programs end to end: a SoftHSM2 token,
+// unmodified gpg, rpmsign and git, and the other project's verifier. Nothing is
+// skipped: a tool that is missing fails the run (install-deps.sh gets them).
+package softhsm_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/signwarden/signwarden/gateway/client"
+)
+
+// bin is where TestMain builds the programs.
+var bin string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	for _, tool := range []string{"gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			fmt.Fprintf(os.Stderr, "%v: run softhsm-tests/install-deps.sh\n", err)
+			return 1
+		}
+	}
+	dir, err := os.MkdirTemp("", "sw")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	// Users other than root run the programs too.
+	if err := os.Chmod(dir, 0o755); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	bin = dir
+	for name, cgo := range map[string]string{"signwarden": "CGO_ENABLED=0", "signwardend": "CGO_ENABLED=1"} {
+		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), "../cmd/"+name)
+		cmd.Env = append(os.Environ(), cgo)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "building %s: %v\n%s", name, err, out)
+			return 1
+		}
+	}
+	return m.Run()
+}
+
+// shortDir is a temporary directory whose path leaves room for a socket's.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "sw")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// gateway is a signwardend with a token of its own.
+type gateway struct {
+	dir, address string
+	env          []string // for clients
+	cmd          *exec.Cmd
+	stderr       *bytes.Buffer
+	done         chan struct{} // closed when cmd has ended
+}
+
+// newGateway makes a gateway in a new directory and serves it.
+func newGateway(t testing.TB) *gateway {
+	t.Helper()
+	g := initGateway(t, shortDir(t)+"/gw")
+	g.serve(t)
+	return g
+}
+
+func initGateway(t testing.TB, dir string) *gateway {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &gateway{dir: dir, address: l.Addr().String()}
+	l.Close()
+	g.env = append(os.Environ(), "SIGNWARDEN_PROFILE="+g.profile("admin"), "PATH="+bin+":"+os.Getenv("PATH"))
+	g.must(t, "signwardend", "init", "--dir", dir, "--dev", "--listen", g.address)
+	return g
+}
+
+func (g *gateway) profile(name string) string {
+	return filepath.Join(g.dir, "clients", name, "client.yaml")
+}
+
+// serve starts the gateway and waits until it answers.
+func (g *gateway) serve(t testing.TB) {
+	t.Helper()
+	g.start(t)
+	g.must(t, "signwarden", "ping", "--wait", "30s")
+}
+
+// start starts the gateway; it ends with the test.
+func (g *gateway) start(t testing.TB) {
+	t.Helper()
+	g.stderr = &bytes.Buffer{}
+	g.cmd = exec.Command(filepath.Join(bin, "signwardend"), "serve", "--dir", g.dir)
+	g.cmd.Stderr = g.stderr
+	if err := g.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done, cmd, stderr := make(chan struct{}), g.cmd, g.stderr
+	g.done = done
+	go func() { _ = cmd.Wait(); close(done) }()
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(unix.SIGTERM)
+		select {
+		case <-done:
+		case <-time.After(40 * time.Second):
+			_ = cmd.Process.Kill()
+			<-done
+			t.Error("the gateway did not end within 40 s of SIGTERM")
+		}
+		if strings.Contains(stderr.String(), "panic") {
+			t.Errorf("the gateway's log has a panic:\n%s", stderr)
+		}
+		if t.Failed() {
+			t.Logf("gateway's log:\n%s", stderr)
+		}
+	})
+}
+
+// stop ends the gateway with sig and waits.
+func (g *gateway) stop(sig os.Signal) {
+	_ = g.cmd.Process.Signal(sig)
+	<-g.done
+}
+
+// result is how a command ended.
+type result struct {
+	code           int
+	stdout, stderr string
+}
+
+// try runs a command with the clients' environment.
+func (g *gateway) try(t testing.TB, name string, args ...string) result {
+	t.Helper()
+	return runEnv(t, g.env, name, args...)
+}
+
+// must runs a command that must succeed and returns its standard output.
+func (g *gateway) must(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	return mustEnv(t, g.env, name, args...)
+}
+
+func runEnv(t testing.TB, env []string, name string, args ...string) result {
+	t.Helper()
+	if name == "signwarden" || name == "signwardend" {
+		name = filepath.Join(bin, name)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = env
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+func mustEnv(t testing.TB, env []string, name string, args ...string) string {
+	t.Helper()
+	r := runEnv(t, env, name, args...)
+	if r.code != 0 {
+		t.Fatalf("%s %q: exit code %d\n%s%s", name, args, r.code, r.stdout, r.stderr)
+	}
+	return r.stdout
+}
+
+// as is the gateway seen with another profile.
+func (g *gateway) as(name string) *gateway {
+	other := *g
+	other.env = append(append([]string(nil), g.env...), "SIGNWARDEN_PROFILE="+g.profile(name))
+	return &other
+}
+
+// key creates a key with an OpenPGP certificate for NAME@example.org.
+func (g *gateway) key(t testing.TB, name, algorithm string, args ...string) {
+	t.Helper()
+	g.must(t, "signwarden", append([]string{"key", "create", name, "--algorithm", algorithm,
+		"--openpgp-uid", fmt.Sprintf("%s <%s@example.org>", name, name)}, args...)...)
+}
+
+// verifier is the environment of a gpg that has imported the certificates of keys.
+func (g *gateway) verifier(t testing.TB, names ...string) []string {
+	t.Helper()
+	home := shortDir(t)
+	env := append(os.Environ(), "GNUPGHOME="+home)
+	writeFile(t, filepath.Join(home, "gpg.conf"), "no-autostart\n") // else --import starts an agent
+	for _, name := range names {
+		cert := filepath.Join(home, name+".asc")
+		writeFile(t, cert, g.must(t, "signwarden", "key", "export", name, "--format", "openpgp"))
+		mustEnv(t, env, "gpg", "--batch", "--quiet", "--import", cert)
+	}
+	return env
+}
+
+// client is a Go client with a profile.
+func (g *gateway) client(t testing.TB, profile string) *client.Client {
+	t.Helper()
+	conf, err := client.LoadProfile(g.profile(profile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := client.Dial(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// entry is an audit row as `audit tail -o json` prints it.
+type entry struct {
+	Row   int64             `json:"row"`
+	Entry map[string]string `json:"entry"`
+}
+
+// audit reads the last rows of the audit log.
+func (g *gateway) audit(t testing.TB, limit int) []entry {
+	t.Helper()
+	var out []entry
+	dec := json.NewDecoder(strings.NewReader(g.must(t, "signwarden", "audit", "tail", "-o", "json", "--limit", fmt.Sprint(limit))))
+	for dec.More() {
+		var e entry
+		if err := dec.Decode(&e); err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, e)
+	}
+	return out
+}
+
+// policy applies rules in addition to those of init --dev.
+func (g *gateway) policy(t testing.TB, rules string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "policy.yaml")
+	writeFile(t, path, g.must(t, "signwarden", "policy", "show")+rules)
+	g.must(t, "signwarden", "policy", "apply", "-f", path)
+}
+
+func writeFile(t testing.TB, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,45 @@
+#!/bin/sh
+# Installs what the demo and the tests need and the machine lacks, from the
+# distribution's packages: Debian, Ubuntu, Fedora and their relatives.
+set -eu
+
+# Each line: what must be there (a command, or a file), its Debian package, its
+# Fedora package. The module's file is in one of three places.
+missing_deb= missing_rpm=
+need() { # need COMMAND DEB RPM
+    command -v "$1" >/dev/null 2>&1 || { missing_deb="$missing_deb $2"; missing_rpm="$missing_rpm $3"; }
+}
+[ -e /usr/lib/softhsm/libsofthsm2.so ] || [ -e /usr/lib64/pkcs11/libsofthsm2.so ] ||
+    [ -e /usr/lib64/softhsm/libsofthsm2.so ] || { missing_deb="$missing_deb softhsm2" missing_rpm="$missing_rpm softhsm"; }
+need gpg gnupg gnupg2
+need gpgconf gpgconf gnupg2
+need gpg-agent gpg-agent gnupg2
+need rpm rpm rpm
+need rpmbuild rpm rpm-build
+need rpmsign rpm rpm-sign
+need xorriso xorriso xorriso
+need git git git
+need gcc gcc gcc
+need pkcs11-tool opensc opensc
+need sq sq sequoia-sq
+
+[ -n "$missing_deb" ] || exit 0
+if [ "$(id -u)" != 0 ]; then
+    echo "install-deps: missing:$missing_deb (Debian) or:$missing_rpm (Fedora)" >&2
+    echo "hint: install them, or run this as root once" >&2
+    exit 1
+fi
+if command -v apt-get >/dev/null 2>&1; then
+    echo "install-deps: installing$missing_deb" >&2
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -q >/dev/null
+    # shellcheck disable=SC2086 # a list of words
+    apt-get install -q -y --no-install-recommends $missing_deb >/dev/null
+elif command -v dnf >/dev/null 2>&1; then
+    echo "install-deps: installing$missing_rpm" >&2
+    # shellcheck disable=SC2086
+    dnf install -q -y $missing_rpm >/dev/null
+else
+    echo "install-deps: neither apt-get nor dnf here; install:$missing_deb" >&2
+    exit 1
+fi
