@@ -268,3 +268,15 @@ func writeFile(t testing.TB, path, text string) {
 		t.Fatal(err)
 	}
 }
+
+// softhsmModule is where the distribution keeps SoftHSM2's module.
+func softhsmModule(t testing.TB) string {
+	t.Helper()
+	for _, m := range []string{"/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/pkcs11/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so"} {
+		if _, err := os.Stat(m); err == nil {
+			return m
+		}
+	}
+	t.Fatal("SoftHSM2's module is not installed: run softhsm-tests/install-deps.sh")
+	return ""
+}

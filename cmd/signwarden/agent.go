@@ -31,7 +31,7 @@ the signing itself from memory. The socket is for your own uid.
 "no-autostart" into gpg.conf, so that gpg starts no agent of its own, and import
 the certificates: signwarden key export NAME | gpg --import`,
 		Example: `  signwarden agent --gpg-socket auto`,
-		Args:    args(cobra.NoArgs),
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			path, err := gpgSocket(socket, os.Environ())
 			if err != nil {

@@ -27,7 +27,7 @@ func (a *app) auditCommand() *cobra.Command {
 		Short: "Print the last entries of the audit log",
 		Long: `tail prints the last entries. With -o json each is one line: the row's number and
 the entry, as it is stored.`,
-		Args: args(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if limit < 1 || limit > maxRows {
 				return exit.UsageError("--limit %d is not within 1 to %d", limit, maxRows)

@@ -51,7 +51,7 @@ func (a *app) benchCommand() *cobra.Command {
 		Short: "Sign random digests as fast as the gateway answers",
 		Long: `sign asks for signatures over random SHA-256 (with p384: SHA-384) digests and tells the rate and
 the latency. Each is a real signature, decided on and recorded in the audit log.`,
-		Args: args(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if j.streams < 1 || j.concurrency < 1 || j.streams > 64 || j.concurrency > 4096 {
 				return exit.UsageError("--streams is 1 to 64, --concurrency 1 to 4096")

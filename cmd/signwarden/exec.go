@@ -46,7 +46,7 @@ Name a key to gpg by its user id, address or fingerprint: signwarden key list.`,
 		Example: `  signwarden exec -- rpmsign --define '_gpg_name release@example.org' --addsign x.rpm
   signwarden exec -- gpg --detach-sign --local-user release@example.org SHA256SUMS
   signwarden exec -- git tag -s -u release@example.org v1.0`,
-		Args: args(cobra.MinimumNArgs(1)),
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.with(func(c *client.Client) error { return a.exec(cmd.Context(), c, argv) })
 		},

@@ -26,7 +26,7 @@ func (a *app) pingCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "ping",
 		Short: "Ask whether the gateway serves",
-		Args:  args(cobra.NoArgs),
+		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			conf, err := a.config()
 			if err != nil {
@@ -155,7 +155,7 @@ signing only. With --openpgp-uid the gateway makes an OpenPGP certificate too: a
 certify-only primary key and this key as its signing subkey, or with
 --layout single one key that does both.`,
 		Example: `  signwarden key create release --algorithm rsa4096 --openpgp-uid "Release <release@example.org>" --expires 5y`,
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			alg, err := keys.ParseAlgorithm(algorithm)
 			if err != nil {
@@ -218,7 +218,7 @@ func (a *app) keyList() *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
 		Short: "List the keys you may see",
-		Args:  args(cobra.NoArgs),
+		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.with(func(c *client.Client) error {
 				all, err := c.Keys(cmd.Context())
@@ -255,7 +255,7 @@ func (a *app) keyShow() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show NAME",
 		Short: "Tell of one key",
-		Args:  args(cobra.ExactArgs(1)),
+		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.with(func(c *client.Client) error {
 				k, err := c.Key(cmd.Context(), argv[0])
@@ -276,7 +276,7 @@ func (a *app) keyState(verb string, to keys.State) *cobra.Command {
 			keys.Enabled:  "enable lets a disabled key sign again.",
 			keys.Disabled: "disable stops a key: it signs nothing from the very next request on, on streams that are open too.",
 		}[to],
-		Args: args(cobra.ExactArgs(1)),
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.with(func(c *client.Client) error {
 				k, err := c.SetKeyState(cmd.Context(), argv[0], to)
@@ -301,7 +301,7 @@ func (a *app) keyExport() *cobra.Command {
 		Long: `export prints the public half of a key: openpgp, the armored certificate that
 gpg and rpm import; spki, a PEM PUBLIC KEY; ssh, a line for allowed_signers or
 authorized_keys. There is no way to export a private half.`,
-		Args: args(cobra.ExactArgs(1)),
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.with(func(c *client.Client) error {
 				k, err := c.Key(cmd.Context(), argv[0])

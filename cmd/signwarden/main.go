@@ -25,7 +25,7 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
-	err := newRoot(os.Stdin, os.Stdout, os.Stderr).ExecuteContext(ctx)
+	err := exit.Execute(ctx, newRoot(os.Stdin, os.Stdout, os.Stderr))
 	stop()
 	if s, ok := errors.AsType[childExit](err); ok {
 		os.Exit(int(s))
@@ -70,14 +70,11 @@ verify, 4 denied, 5 the gateway is unavailable, 6 some of several files failed.`
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if a.format != "table" && a.format != "json" {
-				return exit.UsageError("-o %q is neither table nor json", a.format)
+				return fmt.Errorf("-o %q is neither table nor json", a.format)
 			}
 			return nil
 		},
 	}
-	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return exit.Hint(exit.UsageError("%w", err), "see `%s --help`", c.CommandPath())
-	})
 	root.SetOut(out)
 	root.SetErr(errOut)
 	root.PersistentFlags().StringVar(&a.profile, "profile", "", "client profile (default: $SIGNWARDEN_PROFILE, or $XDG_CONFIG_HOME/signwarden/client.yaml)")
@@ -92,16 +89,6 @@ func version() string {
 		return info.Main.Version
 	}
 	return "(devel)"
-}
-
-// args wraps a cobra argument check, so that its error is one of usage.
-func args(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(c *cobra.Command, a []string) error {
-		if err := check(c, a); err != nil {
-			return exit.Hint(exit.UsageError("%w", err), "see `%s --help`", c.CommandPath())
-		}
-		return nil
-	}
 }
 
 // profilePath is where the profile is to be.

@@ -46,7 +46,7 @@ func (a *app) policyApply() *cobra.Command {
 		Long: `apply replaces the rules by those of a file (- reads standard input). A file that
 is wrong, or under which you would no longer be an administrator, changes nothing.
 Requests on open streams are decided by the new rules at once.`,
-		Args: args(cobra.NoArgs),
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			source, err := a.readFile(file, policy.MaxSource)
 			if err != nil {
@@ -92,7 +92,7 @@ func (a *app) policyShow() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show",
 		Short: "Print the rules in force, as they were applied",
-		Args:  args(cobra.NoArgs),
+		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.with(func(c *client.Client) error {
 				source, err := c.Policy(cmd.Context())
@@ -114,7 +114,7 @@ func (a *app) policyTest() *cobra.Command {
 		Long: `test asks the rules in force what they would say to a request for a bare digest.
 It signs nothing. Exit code 0: allowed; 4: denied.`,
 		Example: `  signwarden policy test --principal alice --key release --format rpm`,
-		Args:    args(cobra.NoArgs),
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			h, ok := keys.Hashes[hash]
 			if !ok {

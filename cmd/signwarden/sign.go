@@ -43,7 +43,7 @@ A signature file that exists is left alone unless --force is given. An error wit
 one file does not stop the others; then the exit code is 6.`,
 		Example: `  signwarden sign openpgp --key release --armor SHA256SUMS
   gpg --verify SHA256SUMS.asc SHA256SUMS`,
-		Args: args(cobra.MinimumNArgs(1)),
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, files []string) error {
 			if j.output != "" && len(files) > 1 {
 				return exit.UsageError("--output goes with one file; there are %d", len(files))

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"os"
 	"runtime/debug"
 
@@ -26,11 +27,8 @@ Begin with: signwardend init --dir D --dev`,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
-	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return exit.Hint(exit.UsageError("%w", err), "see `%s --help`", c.CommandPath())
-	})
 	root.AddCommand(initCommand(), serveCommand(), clientCommand(), checkCommand())
-	err := root.Execute()
+	err := exit.Execute(context.Background(), root)
 	if err != nil {
 		exit.Print(os.Stderr, "signwardend", err)
 	}

@@ -3,9 +3,12 @@
 package exit
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+
+	"github.com/spf13/cobra"
 
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
@@ -114,4 +117,28 @@ func Print(w io.Writer, prog string, err error) {
 	if hint != "" {
 		fmt.Fprintf(w, "hint: %s\n", hint)
 	}
+}
+
+// Execute runs a command. What goes wrong before a command has begun (an unknown
+// command or flag, a missing argument) is an error of usage.
+func Execute(ctx context.Context, root *cobra.Command) error {
+	begun := false
+	var wrap func(*cobra.Command)
+	wrap = func(c *cobra.Command) {
+		if run := c.RunE; run != nil {
+			c.RunE = func(c *cobra.Command, args []string) error {
+				begun = true
+				return run(c, args)
+			}
+		}
+		for _, sub := range c.Commands() {
+			wrap(sub)
+		}
+	}
+	wrap(root)
+	c, err := root.ExecuteContextC(ctx)
+	if err != nil && !begun {
+		return Hint(UsageError("%w", err), "see `%s --help`", c.CommandPath())
+	}
+	return err
 }

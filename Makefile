@@ -1,0 +1,76 @@
+# make demo: see it work. make test: every check. make check: before a commit.
+GO          ?= go
+STATICCHECK  = $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+BUF          = $(GO) run github.com/bufbuild/buf/cmd/buf@v1.75.0
+GOOGLEAPIS   = github.com/gogo/googleapis@v1.4.1
+PURE         = . ./gateway/... ./agentproto/... ./formats/... ./cmd/...
+
+export GOFLAGS += -trimpath
+
+.PHONY: build demo test check bench fuzz deps lint generated generate unit race softhsm clean
+
+build:
+	CGO_ENABLED=0 $(GO) build -o bin/signwarden ./cmd/signwarden
+	CGO_ENABLED=1 $(GO) build -o bin/signwardend ./cmd/signwardend
+
+demo: deps build
+	softhsm-tests/demo.sh
+
+# Everything. What a fresh machine lacks is installed first, from its distribution.
+test: deps lint generated race softhsm
+
+# The quick subset: seconds, no token, no tools.
+check: lint unit
+
+deps:
+	softhsm-tests/install-deps.sh
+
+lint:
+	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags bench ./softhsm-tests
+	$(STATICCHECK) ./...
+	$(GO) test -count=1 -run 'Imports' .
+
+unit:
+	$(GO) test -short ./gateway/... ./cmd/...
+
+race:
+	$(GO) test -race -timeout 20m $(PURE) ./hsm/...
+
+# End to end. -count=1: it drives programs that the test cache does not see.
+softhsm:
+	$(GO) test -count=1 -timeout 20m ./softhsm-tests/...
+
+# The committed code is what the .proto files generate, and they are clean.
+generated: .cache/googleapis
+	$(BUF) lint
+	rm -rf .cache/generated
+	$(BUF) generate -o .cache/generated
+	for f in gateway/gatewaypb/*.pb.go; do diff -u $$f .cache/generated/$$f || exit 1; done
+
+generate: .cache/googleapis
+	$(BUF) generate
+
+# google/rpc/status.proto, which signwarden.v1 imports, from a pinned Go module.
+.cache/googleapis:
+	mkdir -p $@/google/rpc
+	cd .cache && GOFLAGS=-modcacherw $(GO) mod download -json $(GOOGLEAPIS) >googleapis.json
+	cp "$$(sed -n 's/.*"Dir": "\(.*\)".*/\1/p' .cache/googleapis.json)/google/rpc/status.proto" $@/google/rpc/
+	chmod u+w $@/google/rpc/status.proto
+
+# Ratios, each measured in one run beside what it is compared with.
+bench: deps
+	$(GO) test -tags bench -count=1 -timeout 60m -run TestBench -v ./softhsm-tests
+
+# Each parser for a while: make fuzz FUZZTIME=10m
+FUZZTIME ?= 30s
+fuzz:
+	@for p in $$($(GO) list ./gateway/... ./agentproto/... ./formats/...); do \
+		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
+			echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; \
+		done; \
+	done
+
+clean:
+	rm -rf bin .cache
