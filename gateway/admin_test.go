@@ -10,6 +10,7 @@ import (
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/audit"
 	"github.com/signwarden/signwarden/gateway/gatewaytest"
+	"github.com/signwarden/signwarden/gateway/ident"
 	"github.com/signwarden/signwarden/gateway/keys"
 	"github.com/signwarden/signwarden/gateway/policy"
 	"github.com/signwarden/signwarden/gateway/sigerr"
@@ -302,5 +303,38 @@ func TestReadersOfEverything(t *testing.T) {
 	first, rows, err := f.AuditEntries(t.Context(), f.Root, "test", -1, 2)
 	if n := len(f.Store.Entries(t)); err != nil || len(rows) != 2 || first != int64(n-2) {
 		t.Errorf("the last two of %d: %d rows from %d, %v", n, len(rows), first, err)
+	}
+}
+
+// Nobody gets nothing, by any method, and leaves no trace.
+func TestNobody(t *testing.T) {
+	f := gatewaytest.New(t, `
+rules:
+  - {name: all, principals: ["*"], keys: ["*"], may: [sign, read, admin], formats: ["*"], blind: true}
+`)
+	f.Key(t, "k", keys.Ed25519)
+	rows := len(f.Store.Entries(t))
+	var nobody ident.Principal
+	ctx := t.Context()
+	for name, call := range map[string]func() error{
+		"Sign": func() error { _, err := f.Sign(ctx, nobody, gatewaytest.Request("k", "text")); return err },
+		"CreateKey": func() error {
+			_, err := f.CreateKey(ctx, nobody, "test", gateway.KeySpec{Name: "new", Algorithm: keys.P256})
+			return err
+		},
+		"SetKeyState":  func() error { _, err := f.SetKeyState(ctx, nobody, "test", "k", keys.Disabled); return err },
+		"Key":          func() error { _, err := f.Gateway.Key(ctx, nobody, "k"); return err },
+		"Keys":         func() error { _, err := f.Keys(ctx, nobody); return err },
+		"ApplyPolicy":  func() error { _, err := f.ApplyPolicy(ctx, nobody, "test", []byte(gatewaytest.Policy)); return err },
+		"Policy":       func() error { _, err := f.Policy(ctx, nobody, "test"); return err },
+		"TestPolicy":   func() error { _, _, err := f.TestPolicy(ctx, nobody, "test", policy.Query{}); return err },
+		"AuditEntries": func() error { _, _, err := f.AuditEntries(ctx, nobody, "test", 0, 1); return err },
+	} {
+		if err := call(); !errors.Is(err, sigerr.Unauthenticated) {
+			t.Errorf("%s: got %v, want Unauthenticated", name, err)
+		}
+	}
+	if f.Token.Signs() != 0 || len(f.Store.Entries(t)) != rows {
+		t.Errorf("the token signed %d times, %d audit rows were added", f.Token.Signs(), len(f.Store.Entries(t))-rows)
 	}
 }
