@@ -394,6 +394,9 @@ func (g *Gateway) TestPolicy(ctx context.Context, p ident.Principal, frontEnd st
 	if err := p.Check(g.c.Now()); err != nil {
 		return policy.Decision{}, nil, err
 	}
+	if len(q.Principal) > MaxClaim || len(q.Key) > MaxClaim || len(q.Action) > MaxClaim || len(q.Format) > MaxClaim {
+		return policy.Decision{}, nil, fmt.Errorf("%w: a principal, key, action or format has at most %d bytes", sigerr.Invalid, MaxClaim)
+	}
 	q.Now = g.c.Now()
 	s, err := g.current(ctx)
 	if err != nil {

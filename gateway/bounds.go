@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -112,6 +113,8 @@ func newDedup(now func() time.Time) *dedup {
 	return &dedup{now: now, current: map[dedupKey]*dedupEntry{}, rotatedAt: now()}
 }
 
+var errPanic = errors.New("the request of this id panicked")
+
 // do runs f for the first request with an id. A later one with the same content
 // waits for that and gets its signature; with other content it is refused. A
 // request that failed is forgotten, so that it can be sent again.
@@ -123,11 +126,15 @@ func (d *dedup) do(ctx context.Context, principal string, r Request, f func() (S
 		return Signature{}, fmt.Errorf("%w: the idempotency id %q was used for another request", sigerr.Conflict, r.ID)
 	}
 	if first {
+		// Deferred: were f to panic, those who wait must still be answered.
+		e.err = errPanic
+		defer func() {
+			if e.err != nil {
+				d.forget(id, e)
+			}
+			close(e.done)
+		}()
 		e.sig, e.err = f()
-		if e.err != nil {
-			d.forget(id, e)
-		}
-		close(e.done)
 		return e.sig, e.err
 	}
 	select {

@@ -264,7 +264,7 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, e audi
 // refuse records why there is no signature and returns err for the caller. If it
 // cannot be recorded the caller is told that instead, and learns nothing else.
 func (g *Gateway) refuse(e audit.Entry, o audit.Outcome, err error, reason string) (Signature, error) {
-	e.Outcome, e.Reason = o, reason
+	e.Outcome, e.Reason = o, clip(reason)
 	if _, aerr := g.audit.Append(e); aerr != nil {
 		return Signature{}, g.unrecorded(aerr)
 	}

@@ -30,8 +30,9 @@ var ErrClosed = errors.New("audit log is closed")
 type Log struct {
 	sink Sink
 
-	// mu guards closed and is held in Append only for the time of handing over,
-	// never during a commit; it makes a send on a closed channel impossible.
+	// mu guards closed and is held in Append only for the time of handing over: a
+	// moment, or up to one commit where the queue is full. It makes a send on a
+	// closed channel impossible. run never takes it, so the queue always drains.
 	mu     sync.RWMutex
 	closed bool
 	queue  chan *pending
@@ -110,7 +111,10 @@ func (l *Log) commit(batch []*pending, entries [][]byte) {
 		err = fmt.Errorf("recording %d audit entries: %w", len(batch), err)
 	}
 	for i, p := range batch {
-		p.row, p.err = row+int64(i), err
+		if err == nil { // a row beside an error would be believed one day
+			p.row = row + int64(i)
+		}
+		p.err = err
 		close(p.ready)
 	}
 }

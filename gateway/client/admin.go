@@ -30,7 +30,7 @@ func (c *Client) CreateKey(ctx context.Context, k KeySpec) (Key, error) {
 	}
 	r, err := c.keys.CreateKey(ctx, req)
 	if err != nil {
-		return Key{}, wireError(err)
+		return Key{}, c.wireError(err)
 	}
 	return toKey(r.GetKey())
 }
@@ -39,7 +39,7 @@ func (c *Client) CreateKey(ctx context.Context, k KeySpec) (Key, error) {
 func (c *Client) Key(ctx context.Context, name string) (Key, error) {
 	r, err := c.keys.GetKey(ctx, &pb.GetKeyRequest{Name: name})
 	if err != nil {
-		return Key{}, wireError(err)
+		return Key{}, c.wireError(err)
 	}
 	return toKey(r.GetKey())
 }
@@ -50,7 +50,7 @@ func (c *Client) Keys(ctx context.Context) ([]Key, error) {
 	for after := ""; ; {
 		r, err := c.keys.ListKeys(ctx, &pb.ListKeysRequest{After: after})
 		if err != nil {
-			return nil, wireError(err)
+			return nil, c.wireError(err)
 		}
 		for _, k := range r.GetKeys() {
 			key, err := toKey(k)
@@ -70,7 +70,7 @@ func (c *Client) Keys(ctx context.Context) ([]Key, error) {
 func (c *Client) SetKeyState(ctx context.Context, name string, to keys.State) (Key, error) {
 	r, err := c.keys.SetKeyState(ctx, &pb.SetKeyStateRequest{Name: name, State: string(to)})
 	if err != nil {
-		return Key{}, wireError(err)
+		return Key{}, c.wireError(err)
 	}
 	return toKey(r.GetKey())
 }
@@ -78,13 +78,13 @@ func (c *Client) SetKeyState(ctx context.Context, name string, to keys.State) (K
 // ApplyPolicy replaces the gateway's rules and returns their number.
 func (c *Client) ApplyPolicy(ctx context.Context, source []byte) (int, error) {
 	r, err := c.policy.ApplyPolicy(ctx, &pb.ApplyPolicyRequest{Source: string(source)})
-	return int(r.GetRules()), wireError(err)
+	return int(r.GetRules()), c.wireError(err)
 }
 
 // Policy returns the policy file in force.
 func (c *Client) Policy(ctx context.Context) ([]byte, error) {
 	r, err := c.policy.GetPolicy(ctx, &pb.GetPolicyRequest{})
-	return []byte(r.GetSource()), wireError(err)
+	return []byte(r.GetSource()), c.wireError(err)
 }
 
 // PolicyQuery is a question to the rules.
@@ -109,13 +109,13 @@ func (c *Client) TestPolicy(ctx context.Context, q PolicyQuery) (PolicyDecision,
 	r, err := c.policy.TestPolicy(ctx, &pb.TestPolicyRequest{
 		Principal: q.Principal, Key: q.Key, Action: q.Action, Format: q.Format, Hash: pb.HashAlgorithmOf(q.Hash),
 	})
-	return PolicyDecision{r.GetAllowed(), r.GetRule(), r.GetReason(), r.GetRules()}, wireError(err)
+	return PolicyDecision{r.GetAllowed(), r.GetRule(), r.GetReason(), r.GetRules()}, c.wireError(err)
 }
 
 // AuditEntries returns up to limit (1 to 1,000) rows of the audit log from row
 // from on, or the last ones where from is negative, as canonical JSON, and the
-// number of the first.
+// number of the first. They are fewer where they would not fit a message.
 func (c *Client) AuditEntries(ctx context.Context, from int64, limit int) (first int64, entries [][]byte, err error) {
 	r, err := c.audit.ListEntries(ctx, &pb.ListEntriesRequest{FromRow: from, Limit: int32(limit)})
-	return r.GetFirstRow(), r.GetEntries(), wireError(err)
+	return r.GetFirstRow(), r.GetEntries(), c.wireError(err)
 }

@@ -18,8 +18,10 @@ import (
 	"fmt"
 	"log/slog"
 	mrand "math/rand/v2"
+	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -27,6 +29,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	pb "github.com/signwarden/signwarden/gateway/gatewaypb"
 	"github.com/signwarden/signwarden/gateway/keys"
@@ -53,8 +56,9 @@ const (
 
 // Client is a connection to a gateway. It is safe for concurrent use.
 type Client struct {
-	conn *grpc.ClientConn
-	log  *slog.Logger
+	address string
+	conn    *grpc.ClientConn
+	log     *slog.Logger
 
 	signing pb.SigningServiceClient
 	keys    pb.KeyServiceClient
@@ -66,11 +70,16 @@ type Client struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 
-	// mu guards current, and is held while a stream is opened, so that many
-	// goroutines that find none open one.
+	// mu guards current, opening and the end of ctx. It is held for look-ups,
+	// never while a stream is opened, so that nobody waits longer than its own
+	// context for that.
 	mu      sync.Mutex
 	current *stream
-	wg      sync.WaitGroup // the goroutines of streams
+	opening *opening // nil: no stream is being opened
+
+	// wg counts the goroutines of streams. It grows under mu while ctx lives,
+	// or in one of those goroutines; so Close waits for all.
+	wg sync.WaitGroup
 }
 
 // Dial makes a client. It does not connect: the first call does. Close it.
@@ -82,7 +91,7 @@ func Dial(c Config) (*Client, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	conn, err := grpc.NewClient("dns:///"+c.Address,
-		grpc.WithTransportCredentials(credentials.NewTLS(c.TLS)),
+		grpc.WithTransportCredentials(alerting{credentials.NewTLS(c.TLS)}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
@@ -93,7 +102,7 @@ func Dial(c Config) (*Client, error) {
 		return nil, fmt.Errorf("address %q: %w", c.Address, err)
 	}
 	cl := &Client{
-		conn: conn, log: c.Logger,
+		address: c.Address, conn: conn, log: c.Logger,
 		signing: pb.NewSigningServiceClient(conn), keys: pb.NewKeyServiceClient(conn),
 		policy: pb.NewPolicyServiceClient(conn), audit: pb.NewAuditServiceClient(conn),
 	}
@@ -104,7 +113,9 @@ func Dial(c Config) (*Client, error) {
 // Close cuts the connection and waits for the client's goroutines. Requests in
 // flight fail; nobody can tell whether the gateway has signed them.
 func (c *Client) Close() error {
+	c.mu.Lock()
 	c.cancel()
+	c.mu.Unlock()
 	err := c.conn.Close()
 	c.wg.Wait()
 	return err
@@ -114,7 +125,7 @@ func (c *Client) Close() error {
 func (c *Client) Ping(ctx context.Context) error {
 	r, err := healthpb.NewHealthClient(c.conn).Check(ctx, &healthpb.HealthCheckRequest{})
 	if err != nil {
-		return wireError(err)
+		return c.wireError(err)
 	}
 	if r.GetStatus() != healthpb.HealthCheckResponse_SERVING {
 		return fmt.Errorf("%w: it says %s", sigerr.Unavailable, r.GetStatus())
@@ -124,7 +135,8 @@ func (c *Client) Ping(ctx context.Context) error {
 
 // Request asks for one signature over one digest.
 type Request struct {
-	// ID makes the request idempotent; empty: Sign makes one up.
+	// ID makes the request idempotent; empty: Sign makes one up. While a request
+	// is in flight, its caller gone or not, another of its id is refused.
 	ID string
 	// Key is the name of the key.
 	Key string
@@ -153,6 +165,35 @@ type Signature struct {
 	AuditRow int64
 }
 
+// maxItem bounds one item, in bytes, as the gateway does too.
+const maxItem = 64 << 10
+
+// item is the wire form of r. What could not be sent is refused here: it would
+// end the stream that others share.
+func (r *Request) item() (*pb.SignItem, error) {
+	for _, f := range []struct{ name, value string }{{"id", r.ID}, {"key", r.Key}, {"format", r.Format}} {
+		if !utf8.ValidString(f.value) {
+			return nil, fmt.Errorf("%w: the %s %q is not UTF-8", sigerr.Invalid, f.name, f.value)
+		}
+	}
+	it := &pb.SignItem{
+		Id: r.ID, Key: r.Key, Digest: r.Digest, Hash: pb.HashAlgorithmOf(r.Hash),
+		Scheme: pb.SignatureSchemeOf(r.Scheme), Format: r.Format,
+	}
+	if r.Claim != (Claim{}) {
+		// A file's name need not be UTF-8, and is recorded all the same.
+		valid := func(s string) string { return strings.ToValidUTF8(s, string(utf8.RuneError)) }
+		it.Claim = &pb.Claim{
+			File: valid(r.Claim.File), ContentSha256: valid(r.Claim.ContentSHA256),
+			Nevra: valid(r.Claim.NEVRA), Note: valid(r.Claim.Note),
+		}
+	}
+	if n := proto.Size(it); n > maxItem {
+		return nil, fmt.Errorf("%w: the request has %d bytes; at most %d are sent", sigerr.Invalid, n, maxItem)
+	}
+	return it, nil
+}
+
 // Sign asks for one signature and waits. Call it from many goroutines to keep
 // many in flight: they share a stream and its messages. Where the gateway
 // cannot be reached, drains or is overloaded, the request is sent again under
@@ -161,12 +202,9 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 	if r.ID == "" {
 		r.ID = rand.Text()
 	}
-	it := &pb.SignItem{
-		Id: r.ID, Key: r.Key, Digest: r.Digest, Hash: pb.HashAlgorithmOf(r.Hash),
-		Scheme: pb.SignatureSchemeOf(r.Scheme), Format: r.Format,
-	}
-	if r.Claim != (Claim{}) {
-		it.Claim = &pb.Claim{File: r.Claim.File, ContentSha256: r.Claim.ContentSHA256, Nevra: r.Claim.NEVRA, Note: r.Claim.Note}
+	it, err := r.item()
+	if err != nil {
+		return Signature{}, err
 	}
 	pause := firstPause
 	for try := 1; ; try++ {
@@ -191,9 +229,13 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 	}
 }
 
+// maxMoves bounds how many streams an item tries, one after the other without a
+// pause, when each takes no more before the item is on it.
+const maxMoves = 4
+
 // signOnce sends it over the current stream and waits for its result.
 func (c *Client) signOnce(ctx context.Context, it *pb.SignItem) (*pb.SignResult, error) {
-	for {
+	for range maxMoves {
 		s, err := c.stream(ctx)
 		if err != nil {
 			return nil, err
@@ -202,41 +244,48 @@ func (c *Client) signOnce(ctx context.Context, it *pb.SignItem) (*pb.SignResult,
 		if !errors.Is(err, errMoveOn) {
 			return res, err
 		}
-		c.drop(s)
 	}
+	return nil, fmt.Errorf("%w: it ends every stream as soon as it is open", sigerr.Unavailable)
 }
 
-// stream returns the current stream, and opens one where there is none.
+// opening is a stream on its way; s and err are set when done is closed.
+type opening struct {
+	done chan struct{}
+	s    *stream
+	err  error
+}
+
+// stream returns the current stream. Where there is none it waits, within ctx,
+// for one to be opened: one, however many goroutines wait.
 func (c *Client) stream(ctx context.Context) (*stream, error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		c.mu.Unlock()
+		return nil, errClosed
+	}
 	if c.current != nil && c.current.usable() {
+		defer c.mu.Unlock()
 		return c.current, nil
 	}
-	s, err := c.open(ctx)
-	if err != nil {
-		return nil, err
+	o := c.opening
+	if o == nil {
+		o = &opening{done: make(chan struct{})}
+		c.opening = o
+		c.wg.Go(func() {
+			o.s, o.err = c.open()
+			c.mu.Lock()
+			c.current, c.opening = o.s, nil
+			c.mu.Unlock()
+			close(o.done)
+		})
 	}
-	c.current = s
-	return s, nil
-}
-
-// drop forgets a stream that takes no more requests; it ends by itself.
-func (c *Client) drop(s *stream) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.current == s {
-		c.current = nil
+	c.mu.Unlock()
+	select {
+	case <-o.done:
+		return o.s, o.err
+	case <-ctx.Done():
+		return nil, contextError(ctx)
 	}
-}
-
-// wireError turns a gRPC error into one of ours. A gateway that cannot be
-// reached, or whose certificate is not accepted, comes out as Unavailable.
-func wireError(err error) error {
-	if err == nil {
-		return nil
-	}
-	return pb.FromStatus(status.Convert(err))
 }
 
 // Key is what the gateway tells of a key.

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -33,8 +34,12 @@ func LoadProfile(path string) (Config, error) {
 		return Config{}, fmt.Errorf("client profile: %w", err)
 	}
 	var p Profile
-	if err := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict()).Decode(&p); err != nil {
+	dec := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict())
+	if err := dec.Decode(&p); err != nil && !errors.Is(err, io.EOF) {
 		return Config{}, fmt.Errorf("client profile %s: %s", path, yaml.FormatError(err, false, true))
+	}
+	if err := dec.Decode(&Profile{}); !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("client profile %s: a second YAML document follows the first", path)
 	}
 	host, _, err := net.SplitHostPort(p.Address)
 	if err != nil || host == "" {
@@ -46,9 +51,9 @@ func LoadProfile(path string) (Config, error) {
 		}
 		return filepath.Join(filepath.Dir(path), name)
 	}
-	for field, name := range map[string]string{"ca": p.CA, "certificate": p.Certificate, "key": p.Key} {
-		if name == "" {
-			return Config{}, fmt.Errorf("client profile %s: %s is missing", path, field)
+	for _, f := range []struct{ field, name string }{{"ca", p.CA}, {"certificate", p.Certificate}, {"key", p.Key}} {
+		if f.name == "" {
+			return Config{}, fmt.Errorf("client profile %s: %s is missing", path, f.field)
 		}
 	}
 	pem, err := os.ReadFile(at(p.CA))
@@ -62,9 +67,6 @@ func LoadProfile(path string) (Config, error) {
 	cert, err := tls.LoadX509KeyPair(at(p.Certificate), at(p.Key))
 	if err != nil {
 		return Config{}, fmt.Errorf("client profile %s: certificate %s with key %s: %w", path, at(p.Certificate), at(p.Key), err)
-	}
-	if cert.Leaf == nil {
-		return Config{}, errors.New("client profile: no certificate")
 	}
 	if p.ServerName != "" {
 		host = p.ServerName

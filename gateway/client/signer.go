@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/rsa"
 	"fmt"
 	"io"
@@ -50,6 +51,9 @@ func (s *Signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byt
 	}
 	if r.Hash == 0 {
 		return nil, fmt.Errorf("%w: the gateway signs digests; say which hash made this one", sigerr.Invalid)
+	}
+	if _, ok := s.key.PublicKey.(ed25519.PublicKey); ok && opts.HashFunc() != 0 {
+		return nil, fmt.Errorf("%w: Ed25519ph is not made; the digest's bytes are signed as the message", sigerr.Invalid)
 	}
 	if pss, ok := opts.(*rsa.PSSOptions); ok {
 		if pss.SaltLength != rsa.PSSSaltLengthEqualsHash && pss.SaltLength != r.Hash.Size() {

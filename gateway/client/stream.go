@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -14,24 +15,22 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
-// errMoveOn says that a stream takes no more requests and that this one was not
-// sent on it.
-var errMoveOn = errors.New("the stream takes no more requests")
-
-// maxItem bounds one item so that MaxItems of them could never exceed a message
-// by much; the sender also counts.
-const maxItem = 64 << 10
-
-// openTimeout bounds the opening of a stream, for which other requests wait too.
-const openTimeout = 10 * time.Second
+const (
+	// openTimeout bounds the opening of a stream.
+	openTimeout = 10 * time.Second
+	// maxWindow bounds the unanswered items of a stream, whatever the gateway
+	// allows: they are kept in memory.
+	maxWindow = 4096
+)
 
 // stream is one SignStream: a goroutine that sends what callers hand over,
 // several items a message, and one that receives and wakes them.
 type stream struct {
+	c      *Client
 	st     grpc.BidiStreamingClient[pb.SignStreamRequest, pb.SignStreamResponse]
 	cancel context.CancelFunc
-	out    chan *pb.SignItem
-	places chan struct{} // one for each unanswered item; the server says how many
+	places chan struct{}     // one for each unanswered item; the server says how many
+	out    chan *pb.SignItem // as many fit as there are places
 
 	over  chan struct{} // closed when the receiver has ended; err is set before
 	err   error
@@ -42,33 +41,35 @@ type stream struct {
 	draining bool
 }
 
-// open starts a stream and waits for its settings. The caller holds c.mu. ctx
-// bounds the waiting; the stream itself lives until it ends or the client closes.
-func (c *Client) open(ctx context.Context) (*stream, error) {
-	ctx, done := context.WithTimeout(ctx, openTimeout)
-	defer done()
-	sctx, cancel := context.WithCancel(c.ctx)
-	stop := context.AfterFunc(ctx, cancel)
-	st, err := c.signing.SignStream(sctx)
+// open starts a stream and waits for its settings. It belongs to no request: it
+// lives until it ends or the client closes.
+func (c *Client) open() (*stream, error) {
+	ctx, cancel := context.WithCancel(c.ctx)
+	late := time.AfterFunc(openTimeout, cancel)
+	st, err := c.signing.SignStream(ctx)
 	var first *pb.SignStreamResponse
 	if err == nil {
 		first, err = st.Recv()
 	}
-	if !stop() || err != nil {
-		cancel()
-		if ctx.Err() != nil {
-			return nil, contextError(ctx)
-		}
-		return nil, wireError(err)
+	inTime := late.Stop()
+	window := min(int(first.GetSettings().GetWindow()), maxWindow)
+	switch {
+	case c.ctx.Err() != nil:
+		err = errClosed
+	case !inTime:
+		err = fmt.Errorf("%w: %s: no stream could be opened within %v", sigerr.Unavailable, c.address, openTimeout)
+	case err != nil:
+		err = c.wireError(err)
+	case window < 1:
+		err = fmt.Errorf("%w: %s: it opened a stream without a window", sigerr.Unavailable, c.address)
 	}
-	window := int(first.GetSettings().GetWindow())
-	if window < 1 {
+	if err != nil {
 		cancel()
-		return nil, fmt.Errorf("%w: it opened a stream without a window", sigerr.Unavailable)
+		return nil, err
 	}
 	s := &stream{
-		st: st, cancel: cancel,
-		out: make(chan *pb.SignItem), places: make(chan struct{}, window),
+		c: c, st: st, cancel: cancel,
+		places: make(chan struct{}, window), out: make(chan *pb.SignItem, window),
 		over: make(chan struct{}), quiet: make(chan struct{}),
 		pending: map[string]chan *pb.SignResult{},
 	}
@@ -91,9 +92,6 @@ func (s *stream) usable() bool {
 
 // do sends one item and waits for its result.
 func (s *stream) do(ctx context.Context, it *pb.SignItem) (*pb.SignResult, error) {
-	if n := proto.Size(it); n > maxItem {
-		return nil, fmt.Errorf("%w: the request has %d bytes; at most %d are sent", sigerr.Invalid, n, maxItem)
-	}
 	select {
 	case s.places <- struct{}{}:
 	case <-s.over:
@@ -108,11 +106,7 @@ func (s *stream) do(ctx context.Context, it *pb.SignItem) (*pb.SignResult, error
 		<-s.places
 		return nil, err
 	}
-	select {
-	case s.out <- it:
-	case <-s.over:
-		return nil, s.lost()
-	}
+	s.out <- it // never waits: it has a place
 	select {
 	case r := <-answer:
 		return r, nil
@@ -145,10 +139,16 @@ func (s *stream) register(id string) (<-chan *pb.SignResult, error) {
 // lost is the error of a request that the stream's end left unanswered: it may
 // have been signed and recorded; sent again under its id it is not signed twice.
 func (s *stream) lost() error {
-	if errors.Is(s.err, sigerr.Unauthenticated) || errors.Is(s.err, sigerr.Invalid) {
+	if errors.Is(s.err, errClosed) {
 		return s.err
 	}
-	return fmt.Errorf("%w: the stream ended before it answered: %w", sigerr.Unavailable, s.err)
+	switch sigerr.Kind(s.err) {
+	case sigerr.Unauthenticated, sigerr.Invalid, sigerr.Unavailable:
+		return s.err
+	}
+	// Not wrapped: of whatever kind the stream's end was, that of the request is
+	// that it can be sent again.
+	return fmt.Errorf("%w: the stream ended before the answer: %v", sigerr.Unavailable, s.err)
 }
 
 // send writes what callers hand over, as many in a message as are waiting.
@@ -189,12 +189,20 @@ func (s *stream) receive() {
 	defer s.cancel()
 	for {
 		m, err := s.st.Recv()
-		if err != nil {
-			s.err = wireError(err)
-			close(s.over)
-			return
+		if err == nil {
+			s.deliver(m)
+			continue
 		}
-		s.deliver(m)
+		switch {
+		case s.c.ctx.Err() != nil:
+			s.err = errClosed
+		case errors.Is(err, io.EOF):
+			s.err = fmt.Errorf("%w: %s: it ended the stream", sigerr.Unavailable, s.c.address)
+		default:
+			s.err = s.c.wireError(err)
+		}
+		close(s.over)
+		return
 	}
 }
 
@@ -218,11 +226,4 @@ func (s *stream) deliver(m *pb.SignStreamResponse) {
 			close(s.quiet)
 		}
 	}
-}
-
-func contextError(ctx context.Context) error {
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return fmt.Errorf("%w: no answer from the gateway", sigerr.Timeout)
-	}
-	return sigerr.Canceled
 }

@@ -450,7 +450,8 @@ const (
 //
 // AuditService reads the audit log. Needs an admin rule for every key (`*`).
 type AuditServiceClient interface {
-	// ListEntries returns entries in the order of their rows.
+	// ListEntries returns entries in the order of their rows. They are fewer than
+	// asked for at the end of the log, and where they would not fit a message.
 	ListEntries(ctx context.Context, in *ListEntriesRequest, opts ...grpc.CallOption) (*ListEntriesResponse, error)
 }
 
@@ -478,7 +479,8 @@ func (c *auditServiceClient) ListEntries(ctx context.Context, in *ListEntriesReq
 //
 // AuditService reads the audit log. Needs an admin rule for every key (`*`).
 type AuditServiceServer interface {
-	// ListEntries returns entries in the order of their rows.
+	// ListEntries returns entries in the order of their rows. They are fewer than
+	// asked for at the end of the log, and where they would not fit a message.
 	ListEntries(context.Context, *ListEntriesRequest) (*ListEntriesResponse, error)
 	mustEmbedUnimplementedAuditServiceServer()
 }

@@ -50,6 +50,13 @@ func (a *admin) visible(ctx context.Context, name string) (*pb.Key, error) {
 	return toKey(v.Key, v.MaySign), nil
 }
 
+// done answers with a key that an act has changed. Whether the caller may sign
+// with it is asked again; that it may no longer see it does not undo the act.
+func (a *admin) done(ctx context.Context, k keys.Key) *pb.Key {
+	v, err := a.s.c.Gateway.Key(ctx, principal(ctx), k.Name)
+	return toKey(k, err == nil && v.MaySign)
+}
+
 func (a *admin) CreateKey(ctx context.Context, r *pb.CreateKeyRequest) (*pb.CreateKeyResponse, error) {
 	k, err := a.s.c.Gateway.CreateKey(ctx, principal(ctx), frontEnd, gateway.KeySpec{
 		Name: r.GetName(), Algorithm: keys.Algorithm(r.GetAlgorithm()), UserID: r.GetOpenpgpUserId(),
@@ -58,8 +65,7 @@ func (a *admin) CreateKey(ctx context.Context, r *pb.CreateKeyRequest) (*pb.Crea
 	if err != nil {
 		return nil, err
 	}
-	out, err := a.visible(ctx, k.Name)
-	return &pb.CreateKeyResponse{Key: out}, err
+	return &pb.CreateKeyResponse{Key: a.done(ctx, k)}, nil
 }
 
 func (a *admin) GetKey(ctx context.Context, r *pb.GetKeyRequest) (*pb.GetKeyResponse, error) {
@@ -95,8 +101,7 @@ func (a *admin) SetKeyState(ctx context.Context, r *pb.SetKeyStateRequest) (*pb.
 	if err != nil {
 		return nil, err
 	}
-	out, err := a.visible(ctx, k.Name)
-	return &pb.SetKeyStateResponse{Key: out}, err
+	return &pb.SetKeyStateResponse{Key: a.done(ctx, k)}, nil
 }
 
 func (a *admin) ApplyPolicy(ctx context.Context, r *pb.ApplyPolicyRequest) (*pb.ApplyPolicyResponse, error) {
@@ -137,5 +142,30 @@ func (a *admin) ListEntries(ctx context.Context, r *pb.ListEntriesRequest) (*pb.
 		limit = 100
 	}
 	first, entries, err := a.s.c.Gateway.AuditEntries(ctx, principal(ctx), frontEnd, r.GetFromRow(), limit)
-	return &pb.ListEntriesResponse{FirstRow: first, Entries: entries}, err
+	if err != nil {
+		return nil, err
+	}
+	first, entries = fit(first, entries, r.GetFromRow() < 0)
+	return &pb.ListEntriesResponse{FirstRow: first, Entries: entries}, nil
+}
+
+// fit cuts a run of rows to one message, at its end or, where the last are
+// wanted, at its beginning, but for one row, which always stays. Rows hold
+// clients' words, so a page could be long enough for a client to refuse.
+func fit(first int64, entries [][]byte, last bool) (int64, [][]byte) {
+	size := 0
+	if last {
+		for n := len(entries) - 1; n >= 0; n-- {
+			if size += len(entries[n]); size > pb.MaxMessage && n < len(entries)-1 {
+				return first + int64(n) + 1, entries[n+1:]
+			}
+		}
+		return first, entries
+	}
+	for n, e := range entries {
+		if size += len(e); size > pb.MaxMessage && n > 0 {
+			return first, entries[:n]
+		}
+	}
+	return first, entries
 }

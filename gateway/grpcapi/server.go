@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -38,6 +39,9 @@ const (
 	maxConcurrentStreams = 256 // of one connection
 	maxConnections       = 4096
 	connectionTimeout    = 10 * time.Second // for a handshake
+
+	maxItem = 64 << 10 // bytes of one item: a window of them is kept in memory
+	maxText = 2 << 10  // bytes of an error's text: in a header others take no more
 )
 
 // Config is what a Server is made of. The parts must not change after New.
@@ -102,17 +106,29 @@ func New(c Config) (*Server, error) {
 
 // Serve accepts connections on l until Shutdown.
 func (s *Server) Serve(l net.Listener) error {
-	return s.grpc.Serve(newLimitListener(l, maxConnections, s.log))
+	err := s.grpc.Serve(newLimitListener(l, maxConnections, s.log))
+	if errors.Is(err, grpc.ErrServerStopped) { // Shutdown came first
+		return nil
+	}
+	return err
 }
 
 // Shutdown asks every stream to move on, takes no new ones, and waits for what
-// is in flight, at most DrainTimeout; then it cuts.
+// is in flight, at most DrainTimeout; then it cuts. It returns when no request
+// is under way: after a cut, requests that are at the token are waited for, as
+// long as gateway.Config.SignTimeout lets them.
 func (s *Server) Shutdown() {
 	s.health.Shutdown()
 	s.drainOnce.Do(func() { close(s.drain) })
-	cut := time.AfterFunc(s.c.DrainTimeout, s.grpc.Stop)
-	defer cut.Stop()
+	stopped := make(chan struct{})
+	cut := time.AfterFunc(s.c.DrainTimeout, func() {
+		defer close(stopped)
+		s.grpc.Stop()
+	})
 	s.grpc.GracefulStop()
+	if !cut.Stop() {
+		<-stopped
+	}
 }
 
 type principalKey struct{}
@@ -135,7 +151,8 @@ func identify(ctx context.Context) (context.Context, error) {
 	}
 	p, err := ident.FromTLS(info.State)
 	if err != nil {
-		return nil, err
+		// Of this kind whatever else it wraps, such as a name that is invalid.
+		return nil, status.Error(codes.Unauthenticated, err.Error())
 	}
 	return context.WithValue(ctx, principalKey{}, p), nil
 }
@@ -191,6 +208,11 @@ func (s *Server) status(method string, err error) *status.Status {
 	st, known := pb.ToStatus(err)
 	if !known {
 		s.log.Error("request failed", "method", method, "error", err)
+	}
+	if len(st.Message()) > maxText {
+		p := st.Proto()
+		p.Message = strings.ToValidUTF8(p.GetMessage()[:maxText], "") + " ..."
+		st = status.FromProto(p)
 	}
 	return st
 }

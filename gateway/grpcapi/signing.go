@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/signwarden/signwarden/gateway"
 	pb "github.com/signwarden/signwarden/gateway/gatewaypb"
@@ -39,8 +40,19 @@ func response(sig gateway.Signature) *pb.Signature {
 	return &pb.Signature{Signature: sig.Bytes, Scheme: pb.SignatureSchemeOf(sig.Scheme), AuditRow: sig.AuditRow}
 }
 
+// checkItem bounds what an item makes us keep, and repeat in its answer.
+func checkItem(it *pb.SignItem) error {
+	if n := proto.Size(it); n > maxItem {
+		return fmt.Errorf("%w: the item has %d bytes; at most %d are taken", sigerr.Invalid, n, maxItem)
+	}
+	return nil
+}
+
 // Sign implements the unary call.
 func (s *signing) Sign(ctx context.Context, r *pb.SignRequest) (*pb.SignResponse, error) {
+	if err := checkItem(r.GetItem()); err != nil {
+		return nil, err
+	}
 	sig, err := s.s.c.Gateway.Sign(ctx, principal(ctx), request(r.GetItem()))
 	if err != nil {
 		return nil, err
@@ -52,24 +64,32 @@ func (s *signing) Sign(ctx context.Context, r *pb.SignRequest) (*pb.SignResponse
 // each item that is in the window has its own.
 func (s *signing) SignStream(st grpc.BidiStreamingServer[pb.SignStreamRequest, pb.SignStreamResponse]) error {
 	ctx := st.Context()
-	results := make(chan *pb.SignResult, s.s.c.Window)
+	t := &stream{s: s.s, p: principal(ctx), results: make(chan result, s.s.c.Window), places: make(chan struct{}, s.s.c.Window)}
 	sendErr := make(chan error, 1)
-	go func() { sendErr <- s.send(st, results) }()
+	go func() { sendErr <- t.send(st) }()
 
-	items := &stream{s: s.s, p: principal(ctx), results: results, places: make(chan struct{}, s.s.c.Window)}
-	err := items.receive(ctx, st)
-	items.wg.Wait()
-	close(results)
-	return errors.Join(<-sendErr, err)
+	err := t.receive(ctx, st)
+	t.wg.Wait()
+	close(t.results)
+	if serr := <-sendErr; err == nil {
+		err = serr
+	}
+	return err
 }
 
-// stream is the receiving half of one SignStream.
+// stream is the state of one SignStream.
 type stream struct {
 	s       *Server
 	p       ident.Principal
-	results chan<- *pb.SignResult
+	results chan result
 	places  chan struct{} // one for each unanswered item
 	wg      sync.WaitGroup
+}
+
+// result is an answer on its way to the sender.
+type result struct {
+	*pb.SignResult
+	place bool // whether its item has a place, which the sender gives back
 }
 
 // receive starts the items of every message until the client has half-closed.
@@ -88,11 +108,12 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 		for _, it := range m.GetItems() {
 			select {
 			case t.places <- struct{}{}:
-				t.wg.Go(func() { t.results <- t.sign(ctx, it); <-t.places })
+				t.wg.Go(func() { t.results <- result{t.sign(ctx, it), true} })
 			default:
 				// The client keeps no window: answer here, so that it cannot
 				// make work faster than it reads answers.
-				t.results <- t.fail(it, fmt.Errorf("%w: more than %d items of this stream are unanswered", sigerr.Overloaded, cap(t.places)))
+				err := fmt.Errorf("%w: more than %d items of this stream are unanswered", sigerr.Overloaded, cap(t.places))
+				t.results <- result{t.fail(it, err), false}
 			}
 		}
 	}
@@ -105,6 +126,12 @@ func (t *stream) sign(ctx context.Context, it *pb.SignItem) (res *pb.SignResult)
 			res = t.fail(it, errors.New("panic"))
 		}
 	}()
+	if it.GetId() == "" {
+		return t.fail(it, fmt.Errorf("%w: an item of a stream needs an id", sigerr.Invalid))
+	}
+	if err := checkItem(it); err != nil {
+		return t.fail(it, err)
+	}
 	sig, err := t.s.c.Gateway.Sign(ctx, t.p, request(it))
 	if err != nil {
 		return t.fail(it, err)
@@ -119,18 +146,17 @@ func (t *stream) fail(it *pb.SignItem, err error) *pb.SignResult {
 // send writes the settings, then what is ready, several results a message, and
 // once the word that the stream is to move on. It reads results until they are
 // closed even after an error, so that nobody waits to hand one over.
-func (s *signing) send(st grpc.BidiStreamingServer[pb.SignStreamRequest, pb.SignStreamResponse], results <-chan *pb.SignResult) error {
-	err := st.Send(&pb.SignStreamResponse{Settings: &pb.Settings{Window: uint32(s.s.c.Window)}})
-	drain := s.s.drain
+func (t *stream) send(st grpc.BidiStreamingServer[pb.SignStreamRequest, pb.SignStreamResponse]) error {
+	err := st.Send(&pb.SignStreamResponse{Settings: &pb.Settings{Window: uint32(cap(t.places))}})
+	drain := t.s.drain
 	for {
 		m := &pb.SignStreamResponse{}
 		select {
-		case r, ok := <-results:
+		case r, ok := <-t.results:
 			if !ok {
 				return err
 			}
-			m.Results = append(m.Results, r)
-			gather(m, results)
+			t.gather(m, r)
 		case <-drain:
 			drain = nil
 			m.Drain = &pb.Drain{}
@@ -141,15 +167,25 @@ func (s *signing) send(st grpc.BidiStreamingServer[pb.SignStreamRequest, pb.Sign
 	}
 }
 
-// gather adds what is ready now to m.
-func gather(m *pb.SignStreamResponse, results <-chan *pb.SignResult) {
-	for len(m.Results) < pb.MaxItems {
+// gather puts r into m and adds what else is ready now. It gives the items'
+// places back before the client can have the answers: a client that fills the
+// window again at once must find it so.
+func (t *stream) gather(m *pb.SignStreamResponse, r result) {
+	for size := 0; ; {
+		if r.place {
+			<-t.places
+		}
+		m.Results = append(m.Results, r.SignResult)
+		size += proto.Size(r.SignResult)
+		if len(m.Results) == pb.MaxItems || size > pb.MaxMessage/2 {
+			return
+		}
+		var ok bool
 		select {
-		case r, ok := <-results:
+		case r, ok = <-t.results:
 			if !ok {
 				return // closed: the next receive sees it again
 			}
-			m.Results = append(m.Results, r)
 		default:
 			return
 		}

@@ -43,19 +43,18 @@ func LoadTLS(f TLSFiles) (*tls.Config, error) {
 // TLS is a configuration that can be replaced while connections are open; they
 // keep theirs. It is safe for concurrent use.
 type TLS struct {
-	files   TLSFiles
 	current atomic.Pointer[tls.Config]
 }
 
 // NewTLS loads the files.
 func NewTLS(f TLSFiles) (*TLS, error) {
-	t := &TLS{files: f}
-	return t, t.Reload()
+	t := &TLS{}
+	return t, t.Reload(f)
 }
 
-// Reload reads the files again. On an error the old configuration stays.
-func (t *TLS) Reload() error {
-	c, err := LoadTLS(t.files)
+// Reload reads the files. On an error the old configuration stays.
+func (t *TLS) Reload(f TLSFiles) error {
+	c, err := LoadTLS(f)
 	if err != nil {
 		return err
 	}

@@ -73,15 +73,25 @@ func FromTLS(cs tls.ConnectionState) (Principal, error) {
 		}
 		p.name = leaf.Subject.CommonName
 	case 1:
-		u := leaf.URIs[0]
-		if u.Scheme != "spiffe" || u.Host == "" || len(u.String()) > 2048 || strings.ContainsAny(u.String(), "*?[]\\") {
-			return Principal{}, fmt.Errorf("%w: client certificate has the URI %q, which is no SPIFFE id", sigerr.Unauthenticated, u)
+		id := leaf.URIs[0].String()
+		if !isSPIFFE(id) {
+			return Principal{}, fmt.Errorf("%w: client certificate has the URI %q, which is no SPIFFE id", sigerr.Unauthenticated, id)
 		}
-		p.name = u.String()
+		p.name = id
 	default:
 		return Principal{}, fmt.Errorf("%w: client certificate has %d URIs; a SPIFFE id stands alone", sigerr.Unauthenticated, len(leaf.URIs))
 	}
 	return p, nil
+}
+
+// spiffeRE is SPIFFE-ID section 2: a trust domain, then segments, none empty;
+// no user, port, query, fragment or percent-encoding. So one caller has one
+// spelling, and none that a glob of a rule could read otherwise.
+var spiffeRE = regexp.MustCompile(`^spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)*$`)
+
+func isSPIFFE(id string) bool {
+	return len(id) <= 2048 && spiffeRE.MatchString(id) &&
+		!strings.Contains(id+"/", "/./") && !strings.Contains(id+"/", "/../")
 }
 
 // FromPeer is the principal that a local socket acts as for a peer that the

@@ -163,7 +163,7 @@ type Registry struct {
 }
 
 // NewRegistry parses the public key of each. A key whose algorithm and public
-// half disagree is an error: the store was edited.
+// half disagree, and a name that is there twice, is an error: the store was edited.
 func NewRegistry(all []Key) (*Registry, error) {
 	r := &Registry{byName: make(map[string]*Registered, len(all))}
 	for _, k := range all {
@@ -171,8 +171,11 @@ func NewRegistry(all []Key) (*Registry, error) {
 		if err != nil {
 			return nil, fmt.Errorf("public key of %q: %w", k.Name, err)
 		}
-		if got := AlgorithmOf(pub); got != k.Algorithm {
-			return nil, fmt.Errorf("key %q is stored as %s with a public key of %q", k.Name, k.Algorithm, got)
+		if got := AlgorithmOf(pub); got == "" || got != k.Algorithm {
+			return nil, fmt.Errorf("key %q is stored as %q with a public key of %q", k.Name, k.Algorithm, got)
+		}
+		if r.byName[k.Name] != nil {
+			return nil, fmt.Errorf("key %q is stored twice", k.Name)
 		}
 		r.byName[k.Name] = &Registered{Key: k, PublicKey: pub}
 		r.names = append(r.names, k.Name)

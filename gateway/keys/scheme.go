@@ -80,8 +80,13 @@ func (s Scheme) Options(h crypto.Hash) crypto.SignerOpts {
 }
 
 // Verify checks a signature as it leaves the gateway: RSA as long as the
-// modulus, ECDSA as r||s of equal width, Ed25519 in 64 bytes.
+// modulus, ECDSA as r||s of equal width, Ed25519 in 64 bytes. The digest must be
+// one of h, and h one of [Hashes]: crypto/rsa would take any bytes with a hash
+// of 0, and crypto/ecdsa a digest of any length. EdDSA has no use for h.
 func Verify(pub crypto.PublicKey, s Scheme, h crypto.Hash, digest, sig []byte) error {
+	if s != EdDSA && (HashName(h) == "" || len(digest) != h.Size()) {
+		return fmt.Errorf("%d bytes are no digest of a hash that is signed (crypto.Hash %d)", len(digest), h)
+	}
 	switch k := pub.(type) {
 	case *rsa.PublicKey:
 		if len(sig) != k.Size() {

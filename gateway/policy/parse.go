@@ -1,18 +1,14 @@
 package policy
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"path"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/goccy/go-yaml"
 
 	"github.com/signwarden/signwarden/gateway/keys"
 	"github.com/signwarden/signwarden/gateway/sigerr"
@@ -49,13 +45,8 @@ func Parse(source []byte) (*Rules, error) {
 		return nil, fmt.Errorf("%w: policy has %d bytes; at most %d are read", sigerr.Invalid, len(source), MaxSource)
 	}
 	var f file
-	dec := yaml.NewDecoder(bytes.NewReader(source), yaml.Strict())
-	err := dec.Decode(&f)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%w: policy: %s", sigerr.Invalid, yaml.FormatError(err, false, true))
-	}
-	if err := dec.Decode(&file{}); !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%w: policy: a second YAML document follows the first", sigerr.Invalid)
+	if err := decodeFile(source, &f); err != nil {
+		return nil, fmt.Errorf("%w: policy: %w", sigerr.Invalid, err)
 	}
 	if len(f.Rules) > MaxRules {
 		return nil, fmt.Errorf("%w: policy has %d rules; at most %d are read", sigerr.Invalid, len(f.Rules), MaxRules)
@@ -150,8 +141,12 @@ func checkPatterns(field string, patterns []string) error {
 		if p == "" {
 			return fmt.Errorf("%s: an empty name matches nothing", field)
 		}
-		if _, err := path.Match(p, "x"); err != nil {
-			return fmt.Errorf("%s: %q is not a glob: close its bracket, or escape with \\", field, p)
+		// Part by part: a '/' inside brackets or behind a '\' would make that
+		// count of parts untrue which matches relies on.
+		for part := range strings.SplitSeq(p, "/") {
+			if _, err := path.Match(part, "x"); err != nil {
+				return fmt.Errorf("%s: %q is not a glob: close a bracket before the next '/', or escape it with \\", field, p)
+			}
 		}
 	}
 	return nil
@@ -177,7 +172,7 @@ func parseRate(s string) (Rate, error) {
 	count, per, ok := strings.Cut(s, "/")
 	n, err := strconv.Atoi(count)
 	period := ratePeriods[per]
-	if !ok || err != nil || n < 1 || n > 1_000_000_000 || period == 0 {
+	if !ok || err != nil || strconv.Itoa(n) != count || n < 1 || n > 1_000_000_000 || period == 0 {
 		return Rate{}, fmt.Errorf("rate: %q is not a count per s, m or h, like 100/s or 5000/h", s)
 	}
 	return Rate{Count: n, Per: period}, nil

@@ -32,8 +32,8 @@ var Formats = []string{
 // Rule allows some principals some actions on some keys.
 type Rule struct {
 	Name string
-	// Principals are exact names or globs in the manner of path.Match: a '*'
-	// does not cross a '/', so "*" is no SPIFFE id.
+	// Principals are exact names or globs in the manner of path.Match; nothing
+	// in a glob but a '/' itself matches a '/', so "*" is no SPIFFE id.
 	Principals []string
 	// Keys are exact names or globs.
 	Keys []string
@@ -228,6 +228,11 @@ func matches(patterns []string, name string) bool {
 	for _, p := range patterns {
 		if p == name {
 			return true
+		}
+		// path.Match lets [^x] match a '/', and that would let a glob of parts
+		// reach into a SPIFFE id.
+		if strings.Count(p, "/") != strings.Count(name, "/") {
+			continue
 		}
 		if ok, err := path.Match(p, name); err == nil && ok {
 			return true

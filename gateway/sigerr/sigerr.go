@@ -6,6 +6,8 @@
 // table lacks is internal, and its text stays in our own log.
 package sigerr
 
+//lint:file-ignore ST1012 the package's name says already that these are errors
+
 import "errors"
 
 var (

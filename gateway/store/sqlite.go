@@ -80,8 +80,15 @@ func (s *SQLite) migrate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = p.Up(ctx)
+	// goose passes over versions that it does not know.
+	has, knows, err := p.GetVersions(ctx)
 	if err != nil {
+		return fmt.Errorf("reading the schema's version: %w", err)
+	}
+	if has > knows {
+		return fmt.Errorf("its schema has version %d and this program knows up to %d: a newer signwardend has written it; run that one", has, knows)
+	}
+	if _, err := p.Up(ctx); err != nil {
 		return fmt.Errorf("bringing the schema up to date: %w", err)
 	}
 	return nil
@@ -154,7 +161,7 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 		}
 	}
 	if c.SetState != nil {
-		if _, err := tx.ExecContext(ctx, `UPDATE keys SET state = ? WHERE name = ?`, c.SetState.State, c.SetState.Name); err != nil {
+		if err := updateState(ctx, tx, *c.SetState); err != nil {
 			return 0, fmt.Errorf("storing the state of key %q: %w", c.SetState.Name, err)
 		}
 	}
@@ -171,6 +178,20 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 		return 0, fmt.Errorf("committing to the store: %w", err)
 	}
 	return first, nil
+}
+
+// updateState errs where there is no such key: its audit entry would record what
+// did not happen.
+func updateState(ctx context.Context, tx *sql.Tx, to SetState) error {
+	res, err := tx.ExecContext(ctx, `UPDATE keys SET state = ? WHERE name = ?`, to.State, to.Name)
+	if err != nil {
+		return err
+	}
+	n, err := res.RowsAffected()
+	if err == nil && n != 1 {
+		err = errors.New("it is not stored")
+	}
+	return err
 }
 
 func insertKey(ctx context.Context, tx *sql.Tx, k keys.Key) error {
@@ -230,6 +251,7 @@ func insertAudit(ctx context.Context, tx *sql.Tx, entries [][]byte) (int64, erro
 
 // Audit implements Store.
 func (s *SQLite) Audit(ctx context.Context, from int64, limit int) (int64, [][]byte, error) {
+	limit = max(0, limit) // to SQLite a negative one is none
 	if from < 0 {
 		err := s.read.QueryRowContext(ctx, `SELECT coalesce(max(row), -1) + 1 FROM audit`).Scan(&from)
 		if err != nil {

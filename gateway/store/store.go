@@ -45,7 +45,8 @@ type Change struct {
 	Audit     [][]byte
 }
 
-// SetState puts a stored key into another state.
+// SetState puts a stored key into another state; where it is not stored the
+// commit fails.
 type SetState struct {
 	Name  string
 	State keys.State

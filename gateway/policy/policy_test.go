@@ -1,0 +1,356 @@
+package policy_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/signwarden/signwarden/gateway/policy"
+)
+
+var epoch = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// ruleOf is a rule as the matrix test makes it: the source is written from it,
+// and the oracle reads it, so neither learns anything from the package.
+type ruleOf struct {
+	principals, keys, may, formats, hashes []string
+	blind                                  bool
+	from, until                            int // hours after epoch; 0: unbounded
+}
+
+func (r ruleOf) yaml(name string) string {
+	list := func(field string, words []string) string {
+		if len(words) == 0 {
+			return ""
+		}
+		return fmt.Sprintf("  %s: ['%s']\n", field, strings.Join(words, "', '"))
+	}
+	s := "- name: " + name + "\n" + list("principals", r.principals) + list("keys", r.keys) + list("may", r.may)
+	if slices.Contains(r.may, "sign") {
+		s += list("formats", r.formats) + list("hashes", r.hashes) + fmt.Sprintf("  blind: %v\n", r.blind)
+	}
+	if r.from != 0 {
+		s += "  not_before: " + epoch.Add(time.Duration(r.from)*time.Hour).Format(time.RFC3339) + "\n"
+	}
+	if r.until != 0 {
+		s += "  not_after: " + epoch.Add(time.Duration(r.until)*time.Hour).Format(time.RFC3339) + "\n"
+	}
+	return s
+}
+
+// The oracle: what the documentation of Rule says, by regular expressions and
+// whole hours, and nothing of the package's own.
+func (r ruleOf) named(who, key string) bool { return hits(r.principals, who) && hits(r.keys, key) }
+
+func (r ruleOf) inTime(hour int) bool {
+	return (r.from == 0 || hour >= r.from) && (r.until == 0 || hour <= r.until)
+}
+
+func (r ruleOf) allows(who, key, action, format, hash string, blind bool, hour int) bool {
+	if !r.named(who, key) || !r.inTime(hour) || !slices.Contains(r.may, action) {
+		return false
+	}
+	if action != "sign" {
+		return true
+	}
+	return (slices.Contains(r.formats, "*") || slices.Contains(r.formats, format)) &&
+		(len(r.hashes) == 0 || slices.Contains(r.hashes, hash)) && (r.blind || !blind)
+}
+
+var compiled = map[string]*regexp.Regexp{}
+
+func hits(globs []string, name string) bool {
+	return name != "" && slices.ContainsFunc(globs, func(g string) bool {
+		re := compiled[g]
+		if re == nil {
+			s := regexp.QuoteMeta(g)
+			s = strings.ReplaceAll(s, `\*`, `[^/]*`)
+			s = strings.ReplaceAll(s, `\?`, `[^/]`)
+			s = strings.ReplaceAll(s, `\[\^a\]`, `[^a/]`)
+			s = strings.ReplaceAll(s, `\[ab\]`, `[ab]`)
+			re = regexp.MustCompile(`(?s)^` + s + `$`)
+			compiled[g] = re
+		}
+		return re.MatchString(name)
+	})
+}
+
+// TestMatrix asks tens of thousands of generated questions of generated rules
+// and of the oracle above.
+func TestMatrix(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	some := func(words ...string) []string {
+		rnd.Shuffle(len(words), func(i, j int) { words[i], words[j] = words[j], words[i] })
+		return slices.Clone(words[:1+rnd.IntN(min(3, len(words)))])
+	}
+	whos := []string{"alice", "bob", "a", "spiffe://td/ci/build", "spiffe://td/ci", "spiffe://td/ci/build/x", "spiffe://other/ci/build", ""}
+	names := []string{"alpha", "rel-1", "rel-2", "rel-10", "b", ""}
+	hours := []int{-1, 0, 4, 5, 6, 9, 10, 11}
+	asked, allowed := 0, 0
+	for asked < 25_000 {
+		var rules []ruleOf
+		source := "rules:\n"
+		for i := range rnd.IntN(5) {
+			r := ruleOf{
+				principals: some("alice", "bob", "*", "?", "[ab]*", "spiffe://td/ci/*", "spiffe://td/*", "spiffe://*/ci/build", "spiffe://td/ci/build", "*[^a]*[^a]*[^a]*", "s*:*"),
+				keys:       some("*", "rel-?", "rel-*", "alpha", "[ab]", "[ab]*", "rel-[^a]", "rel-1"),
+				may:        some("sign", "read", "admin"),
+				formats:    some("*", "rpm", "kmod", "cms"),
+				blind:      rnd.IntN(2) == 0,
+			}
+			if rnd.IntN(2) == 0 {
+				r.hashes = some("sha256", "sha384", "sha512")
+			}
+			if rnd.IntN(3) == 0 {
+				r.from = 5
+			}
+			if rnd.IntN(3) == 0 {
+				r.until = 10
+			}
+			rules = append(rules, r)
+			source += r.yaml(fmt.Sprintf("r%d", i))
+		}
+		set := parse(t, source)
+		for range 400 {
+			asked++
+			who, key := whos[rnd.IntN(len(whos))], names[rnd.IntN(len(names))]
+			action := []string{"sign", "sign", "read", "admin", "erase"}[rnd.IntN(5)]
+			format, hash := []string{"rpm", "kmod", "ima", ""}[rnd.IntN(4)], []string{"sha256", "sha512", ""}[rnd.IntN(3)]
+			blind, hour := rnd.IntN(2) == 0, hours[rnd.IntN(len(hours))]
+			q := policy.Query{Principal: who, Key: key, Action: policy.Action(action), Format: format, Hash: hash,
+				Blind: blind, Now: epoch.Add(time.Duration(hour) * time.Hour)}
+			by := slices.IndexFunc(rules, func(r ruleOf) bool { return r.allows(who, key, action, format, hash, blind, hour) })
+			sees := slices.ContainsFunc(rules, func(r ruleOf) bool { return r.named(who, key) && r.inTime(hour) })
+			signs := slices.ContainsFunc(rules, func(r ruleOf) bool {
+				return r.named(who, key) && r.inTime(hour) && slices.Contains(r.may, "sign")
+			})
+			d := set.Allow(q)
+			if d.Allowed != (by >= 0) || by >= 0 && d.Rule != fmt.Sprintf("r%d", by) || d.Allowed != (d.Reason == "") {
+				t.Fatalf("Allow(%+v) = %+v; the oracle says rule %d of\n%s", q, d, by, source)
+			}
+			if got := set.Sees(who, key, q.Now); got != sees || d.Allowed && !got {
+				t.Fatalf("Sees(%+v) = %v; the oracle says %v, Allow %v, of\n%s", q, got, sees, d.Allowed, source)
+			}
+			if got := set.MaySignSome(who, key, q.Now); got != signs || d.Allowed && action == "sign" && !got {
+				t.Fatalf("MaySignSome(%+v) = %v; the oracle says %v, Allow %v, of\n%s", q, got, signs, d.Allowed, source)
+			}
+			if set.MayAdministerAll(who, q.Now).Allowed && key != "" {
+				q.Action = policy.Admin
+				if !set.Allow(q).Allowed {
+					t.Fatalf("%q administers all, and not %q, by\n%s", who, key, source)
+				}
+			}
+			if d.Allowed {
+				allowed++
+			}
+		}
+	}
+	t.Logf("%d questions, %d allowed", asked, allowed)
+	if allowed < asked/50 || allowed > asked/2 {
+		t.Errorf("%d of %d allowed: the rules that are made try too little", allowed, asked)
+	}
+}
+
+func TestZeroRulesDeny(t *testing.T) {
+	var r policy.Rules
+	for _, a := range []policy.Action{policy.Sign, policy.Read, policy.Admin, ""} {
+		d := r.Allow(policy.Query{Principal: "root", Key: "k", Action: a, Format: "rpm", Hash: "sha256", Now: epoch})
+		if d.Allowed || d.Reason == "" {
+			t.Errorf("Allow %q = %+v, want a denial with a reason", a, d)
+		}
+	}
+	if r.Sees("root", "k", epoch) || r.MaySignSome("root", "k", epoch) || r.MayAdministerAll("root", epoch).Allowed {
+		t.Error("no rules give something")
+	}
+	if r.Len() != 0 || len(r.Explain(policy.Query{})) != 0 {
+		t.Error("no rules have a length")
+	}
+}
+
+func TestGlobs(t *testing.T) {
+	tests := []struct {
+		glob, name string
+		want       bool
+	}{
+		{"*", "alice", true},
+		{"*", "spiffe://td/x", false},
+		{"spiffe://td/*", "spiffe://td/x", true},
+		{"spiffe://td/*", "spiffe://td/", true},
+		{"spiffe://td/*", "spiffe://td", false},
+		{"spiffe://td/*", "spiffe://td/x/y", false},
+		{"spiffe://td/*/*", "spiffe://td/x/y", true},
+		{"spiffe://td/x", "spiffe://td/x", true},
+		{"spiffe://td/x", "spiffe://td/x/", false},
+		{"spiffe://td/x", "spiffe://TD/x", false},
+		{"spiffe:*", "spiffe://td/x", false},
+		{"spiffe:??td?x", "spiffe://td/x", false},
+		// path.Match lets a class take a '/'.
+		{"spiffe:[^a][^a]td[^a]x", "spiffe://td/x", false},
+		{"spiffe:[!-0][!-0]td[!-0]x", "spiffe://td/x", false},
+		{"*[^a]*[^a]*[^a]*", "spiffe://td/x", false},
+		{"spiffe:*/td/[^a]", "spiffe://td/x", false},
+		{"[a-c]x", "bx", true},
+		{"[^a-c]x", "bx", false},
+		{`\*`, "*", true},
+		{`\*`, "a", false},
+		{"Alice", "alice", false},
+		{"alice", "", false},
+		{"*", "", false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.glob+" "+tt.name, func(t *testing.T) {
+			r := parse(t, rule("principals: ['"+tt.glob+"']"))
+			q := policy.Query{Principal: tt.name, Key: "k", Action: policy.Sign, Format: "rpm", Hash: "sha256"}
+			if got := r.Allow(q).Allowed; got != tt.want {
+				t.Errorf("as a principal: %v, want %v", got, tt.want)
+			}
+			r = parse(t, rule("keys: ['"+tt.glob+"']"))
+			q.Principal, q.Key = "p", tt.name
+			if got := r.Allow(q).Allowed; got != tt.want {
+				t.Errorf("as a key: %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestWindow(t *testing.T) {
+	until := epoch.Add(time.Hour)
+	tests := []struct {
+		name         string
+		before, last bool // the rule has not_before, not_after
+		now          time.Time
+		want         bool
+	}{
+		{"just before", true, true, epoch.Add(-1), false},
+		{"at not_before", true, true, epoch, true},
+		{"inside", true, true, epoch.Add(time.Minute), true},
+		{"at not_after", true, true, until, true},
+		{"just after", true, true, until.Add(1), false},
+		{"another zone", true, true, until.In(time.FixedZone("x", 7200)), true},
+		{"no end", true, false, epoch.AddDate(100, 0, 0), true},
+		{"no start", false, true, time.Time{}, true},
+		{"no start, past the end", false, true, until.Add(1), false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			fields := []string{"may: [sign, admin]", `keys: ["*"]`}
+			if tt.before {
+				fields = append(fields, "not_before: "+epoch.Format(time.RFC3339))
+			}
+			if tt.last {
+				fields = append(fields, "not_after: "+until.Format(time.RFC3339))
+			}
+			r := parse(t, rule(fields...))
+			d := r.Allow(policy.Query{Principal: "p", Key: "k", Action: policy.Sign, Format: "rpm", Hash: "sha256", Now: tt.now})
+			got := []bool{d.Allowed, r.Sees("p", "k", tt.now), r.MaySignSome("p", "k", tt.now), r.MayAdministerAll("p", tt.now).Allowed}
+			if want := slices.Repeat([]bool{tt.want}, 4); !slices.Equal(got, want) {
+				t.Errorf("Allow, Sees, MaySignSome, MayAdministerAll: %v, want %v", got, want)
+			}
+			if !tt.want && !strings.Contains(d.Reason, `rule "r1" holds only `) {
+				t.Errorf("reason %q does not tell the window", d.Reason)
+			}
+		})
+	}
+}
+
+func TestMayAdministerAll(t *testing.T) {
+	tests := []struct {
+		name, source string
+		want         bool
+	}{
+		{"admin of all", rule("may: [admin]", "-formats", `keys: ["*"]`), true},
+		{"among others", rule("may: [read, admin]", "-formats", `keys: [k, "*"]`), true},
+		{"sign of all", rule(`keys: ["*"]`), false},
+		{"globs that happen to match all", rule("may: [admin]", "-formats", `keys: ["?*", "**", "[^a]*"]`), false},
+		{"another principal", rule("may: [admin]", "-formats", `keys: ["*"]`, "principals: [q]"), false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			d := parse(t, tt.source).MayAdministerAll("p", epoch)
+			if d.Allowed != tt.want || tt.want && d.Rule != "r1" || !tt.want && !strings.Contains(d.Reason, `"p"`) {
+				t.Errorf("%+v, want allowed %v", d, tt.want)
+			}
+		})
+	}
+}
+
+// Each rule of the policy turns the question away one step later than the one
+// before, so that each is the closest of those above and including it.
+func TestReasonNamesTheClosest(t *testing.T) {
+	steps := []struct{ rule, reason string }{
+		{"{name: principal, principals: [q], keys: [k], may: [read]}", "no rule names this principal"},
+		{"{name: key, principals: [p], keys: [other], may: [read]}", `rule "key" is not for this key`},
+		{"{name: action, principals: [p], keys: [k], may: [read]}", `rule "action" does not give sign`},
+		{"{name: format, principals: [p], keys: [k], may: [sign], formats: [kmod, cms], hashes: [sha512]}",
+			`rule "format" does not allow the format "rpm"; it allows kmod, cms`},
+		{"{name: hash, principals: [p], keys: [k], may: [sign], formats: [rpm], hashes: [sha384, sha512]}",
+			`rule "hash" does not allow the hash sha256; it allows sha384, sha512`},
+		{"{name: blind, principals: [p], keys: [k], may: [sign], formats: ['*'], not_after: 2020-01-01T00:00:00Z}",
+			`rule "blind" does not allow bare digests (blind: true)`},
+		{"{name: window, principals: [p], keys: [k], may: [sign], formats: ['*'], blind: true, not_before: 2019-01-01T00:00:00+01:00, not_after: 2020-01-01T00:00:00Z}",
+			`rule "window" holds only from 2018-12-31T23:00:00Z until 2020-01-01T00:00:00Z`},
+		{"{name: yes, principals: [p], keys: [k], may: [sign], formats: ['*'], blind: true}", ""},
+	}
+	q := policy.Query{Principal: "p", Key: "k", Action: policy.Sign, Format: "rpm", Hash: "sha256", Blind: true, Now: epoch}
+	for i, s := range steps {
+		lines := []string{}
+		for _, above := range steps[:i+1] {
+			lines = append(lines, " - "+above.rule)
+		}
+		for _, order := range []string{"as written", "reversed"} {
+			d := parse(t, "rules:\n"+strings.Join(lines, "\n")).Allow(q)
+			if d.Reason != s.reason || d.Allowed != (s.reason == "") {
+				t.Errorf("after %d rules, %s: %+v, want reason %q", i+1, order, d, s.reason)
+			}
+			slices.Reverse(lines)
+		}
+	}
+
+	all := "rules:\n"
+	want := []string{
+		"principal: is not for this principal",
+		"key: is not for this key",
+		"action: does not give sign",
+		`format: does not allow the format "rpm"; it allows kmod, cms`,
+		"hash: does not allow the hash sha256; it allows sha384, sha512",
+		"blind: does not allow bare digests (blind: true)",
+		"window: holds only from 2018-12-31T23:00:00Z until 2020-01-01T00:00:00Z",
+		"yes: allows it",
+	}
+	for _, s := range steps {
+		all += " - " + s.rule + "\n"
+	}
+	if diff := cmp.Diff(want, parse(t, all).Explain(q)); diff != "" {
+		t.Errorf("Explain (-want +got):\n%s", diff)
+	}
+}
+
+// Allow is on the path of every signature: this is its worst, where the last
+// of many rules allows.
+func BenchmarkAllow(b *testing.B) {
+	var s strings.Builder
+	s.WriteString("rules:\n")
+	for i := range 1000 {
+		fmt.Fprintf(&s, "- {name: r%d, principals: ['spiffe://td/team-%d/*'], keys: ['rel-%d-*'], may: [sign], formats: [rpm], blind: true}\n", i, i, i)
+	}
+	r := parse(b, s.String())
+	for name, q := range map[string]policy.Query{
+		"last":   {Principal: "spiffe://td/team-999/x", Key: "rel-999-a", Action: policy.Sign, Format: "rpm", Hash: "sha256", Blind: true},
+		"denied": {Principal: "spiffe://td/nobody", Key: "rel-999-a", Action: policy.Sign, Format: "rpm", Hash: "sha256", Blind: true},
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				r.Allow(q)
+			}
+		})
+	}
+}
