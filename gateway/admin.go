@@ -137,7 +137,10 @@ func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd str
 		return keys.Key{}, err
 	}
 	a.e.KeyFingerprint = k.Fingerprint()
-	a.e.Detail = fmt.Sprintf("algorithm %s, token %q, id %x, user id %q, layout %q", k.Algorithm, k.Token, k.ID, spec.UserID, spec.Layout)
+	a.e.Detail = fmt.Sprintf("algorithm %s, token %q, id %x", k.Algorithm, k.Token, k.ID)
+	if k.OpenPGP != nil {
+		a.e.Detail += fmt.Sprintf(", user id %q, layout %s", spec.UserID, spec.Layout)
+	}
 
 	g.admin.Lock()
 	defer g.admin.Unlock()

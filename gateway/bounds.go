@@ -75,11 +75,28 @@ func (l *limiters) take(principal, key string, d policy.Decision, now time.Time)
 		l.by[id] = lim
 	}
 	l.mu.Unlock()
-	if !lim.AllowN(now, 1) {
-		return fmt.Errorf("%w: rule %q allows %d signatures per %s", sigerr.Overloaded, d.Rule, d.Rate.Count, d.Rate.Per)
+	r := lim.ReserveN(now, 1)
+	wait := r.DelayFrom(now)
+	if wait > 0 {
+		r.CancelAt(now)
+		return &overRate{rule: d.Rule, rate: d.Rate, wait: wait}
 	}
 	return nil
 }
+
+// overRate refuses what a rule allows later. It is sigerr.Overloaded, and its
+// method RetryAfter tells a front-end when.
+type overRate struct {
+	rule string
+	rate policy.Rate
+	wait time.Duration
+}
+
+func (o *overRate) Error() string {
+	return fmt.Sprintf("%v: rule %q allows %v; the next in %v", sigerr.Overloaded, o.rule, o.rate, o.wait.Round(time.Millisecond))
+}
+func (o *overRate) Unwrap() error             { return sigerr.Overloaded }
+func (o *overRate) RetryAfter() time.Duration { return o.wait }
 
 // Idempotency ids are remembered for dedupFor, but no more than dedupMax of
 // them in each of two generations: at 700 bytes for RSA-4096 that is 180 MiB at

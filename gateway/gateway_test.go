@@ -289,6 +289,7 @@ func TestTokenErrors(t *testing.T) {
 	}{
 		{"failure", errors.New("CKR_DEVICE_ERROR in slot 7"), sigerr.TokenFailed},
 		{"busy", busy{}, sigerr.Overloaded},
+		{"taken", taken{}, sigerr.Conflict},
 		{"deadline", context.DeadlineExceeded, sigerr.Timeout},
 		{"hang up", context.Canceled, sigerr.Canceled},
 	} {
@@ -306,6 +307,11 @@ func TestTokenErrors(t *testing.T) {
 		})
 	}
 }
+
+type taken struct{}
+
+func (taken) Error() string { return "label is taken" }
+func (taken) Exists() bool  { return true }
 
 type busy struct{}
 
@@ -468,8 +474,13 @@ func TestRate(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := sign(); !errors.Is(err, sigerr.Overloaded) {
-			t.Errorf("the third within a minute: got %v, want Overloaded", err)
+		err := sign()
+		r, ok := errors.AsType[interface {
+			error
+			RetryAfter() time.Duration
+		}](err)
+		if !errors.Is(err, sigerr.Overloaded) || !ok || r.RetryAfter() != 30*time.Second || !strings.Contains(err.Error(), "2/m") {
+			t.Errorf("the third within a minute: got %v, want Overloaded for 30 s by the rate 2/m", err)
 		}
 		if e := f.Store.Last(t); e.Outcome != audit.Denied || e.Rule != "slow" {
 			t.Errorf("audit entry %+v, want denied by rule slow", e)

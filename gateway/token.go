@@ -18,7 +18,8 @@ import (
 // signing has no side effect, so nobody needs to know.
 //
 // An error may have methods that tell its kind: Busy() bool for one that may
-// pass by itself; everything else is a token failure.
+// pass by itself, Exists() bool for a label or id that is taken; everything else
+// is a token failure.
 type Token interface {
 	// Sign signs a digest with the key whose CKA_ID is id. opts is
 	// *rsa.PSSOptions for PSS, crypto.Hash(0) for Ed25519, and else the hash.
@@ -42,6 +43,10 @@ func tokenError(err error) error {
 		error
 		Busy() bool
 	}](err)
+	exists, taken := errors.AsType[interface {
+		error
+		Exists() bool
+	}](err)
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("%w while waiting for the token", sigerr.Timeout)
@@ -49,6 +54,8 @@ func tokenError(err error) error {
 		return sigerr.Canceled
 	case ok && busy.Busy():
 		return fmt.Errorf("%w: the token is busy", sigerr.Overloaded)
+	case taken && exists.Exists():
+		return fmt.Errorf("%w: the token holds an unregistered object of that label; delete it there, or choose another name", sigerr.Conflict)
 	}
 	return sigerr.TokenFailed
 }

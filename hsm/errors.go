@@ -11,10 +11,17 @@ var (
 	// ErrNotFound: the token holds no key with this id.
 	ErrNotFound = errors.New("no such key in the token")
 	// ErrExists: the id or the label is taken by another object of the token.
-	ErrExists = errors.New("id or label is taken in the token")
+	ErrExists error = existsError{}
 	// ErrClosed: the pool was closed.
 	ErrClosed = errors.New("token pool is closed")
 )
+
+// existsError is the type of ErrExists: callers that cannot import this package
+// tell it by its method.
+type existsError struct{}
+
+func (existsError) Error() string { return "id or label is taken in the token" }
+func (existsError) Exists() bool  { return true }
 
 // A Class groups CK_RV codes by what is done about them.
 type Class byte

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/sassoftware/go-rpmutils"
 )
 
 // buildRPMs builds n small packages with rpmbuild.
@@ -97,6 +99,9 @@ func TestRPMSign(t *testing.T) {
 				if r.code != 0 || !strings.Contains(r.stdout, "digests signatures OK") {
 					t.Errorf("rpmkeys -K: %s%s", r.stdout, r.stderr)
 				}
+				if nevra, err := readNEVRA(f); err != nil || nevra.Name == "" {
+					t.Errorf("go-rpmutils on %s: %v, %v", f, nevra, err)
+				}
 			}
 			if got := len(g.audit(t, 1000)) - before; got < len(files) {
 				t.Errorf("%d audit rows for %d packages", got, len(files))
@@ -107,6 +112,20 @@ func TestRPMSign(t *testing.T) {
 			}
 		})
 	}
+}
+
+// readNEVRA reads a package by another implementation than rpm's.
+func readNEVRA(path string) (*rpmutils.NEVRA, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	p, err := rpmutils.ReadRpm(f)
+	if err != nil {
+		return nil, err
+	}
+	return p.Header.GetNEVRA()
 }
 
 // rpmdb makes an rpm database that holds the certificate of one key.

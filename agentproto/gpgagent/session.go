@@ -51,7 +51,7 @@ func (s *session) commands() map[string]assuan.Handler {
 func (s *session) logError(name string, err error, reply *assuan.Error) {
 	level := slog.LevelWarn
 	e, ok := errors.AsType[*assuan.Error](err)
-	if ok && e != errForbidden && name != "PKSIGN" {
+	if ok && e != errForbidden && name != "PKSIGN" && name != "SETHASH" {
 		level = slog.LevelDebug
 	}
 	attrs := []any{"command", name, "err", err, "reply", reply.Text}

@@ -334,7 +334,7 @@ func export(k client.Key, format string) ([]byte, error) {
 		}
 		var b bytes.Buffer
 		err = cert.Armor(&b)
-		return append(b.Bytes(), '\n'), err
+		return b.Bytes(), err
 	case "spki":
 		return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: k.SPKI}), nil
 	case "ssh":

@@ -112,8 +112,10 @@ func (a *app) policyTest() *cobra.Command {
 		Use:   "test --key K [--principal P] [--format F]",
 		Short: "Tell what would be decided, by which rule, and why",
 		Long: `test asks the rules in force what they would say to a request for a bare digest.
-It signs nothing. Exit code 0: allowed; 4: denied.`,
-		Example: `  signwarden policy test --principal alice --key release --format rpm`,
+It signs nothing, and does not look at the key: whether it exists, or is disabled.
+gpg and rpmsign ask, through an agent socket, for the format openpgp.
+Exit code 0: allowed; 4: denied.`,
+		Example: `  signwarden policy test --principal alice --key release --format openpgp`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			h, ok := keys.Hashes[hash]

@@ -35,6 +35,9 @@ NAME. It may do nothing before a rule says so: see signwarden policy apply.`,
 }
 
 func clientCreate(d *dirFlags, name, address string, life time.Duration) error {
+	if life <= 0 {
+		return exit.UsageError("--valid %v is no time to come", life)
+	}
 	conf, err := d.load()
 	if err != nil {
 		return err

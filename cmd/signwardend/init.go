@@ -113,6 +113,9 @@ func (f *initFlags) run(ctx context.Context, in *os.File, out io.Writer) (err er
 		if conf.Token, err = makeDevToken(dir, f.module); err != nil {
 			return err
 		}
+	} else if v := os.Getenv("SOFTHSM2_CONF"); v != "" {
+		// The token was found by it; serve would not have it.
+		conf.Token.Environment = map[string]string{"SOFTHSM2_CONF": v}
 	}
 	if err := f.write(ctx, dir, host, conf); err != nil {
 		return err
@@ -125,7 +128,7 @@ and in another terminal:
   export SIGNWARDEN_PROFILE=%s
   signwarden ping --wait 10s
   signwarden key create release --algorithm rsa4096 --openpgp-uid "Release <release@example.org>"
-`, dir, f.dir, profile)
+`, dir, dir, profile)
 	return nil
 }
 

@@ -63,6 +63,7 @@ func Armor(w io.Writer, blockType string, body []byte) error {
 	if err != nil {
 		return fmt.Errorf("making armor: %w", err)
 	}
+	out.WriteByte('\n') // go-crypto ends without one
 	_, err = w.Write(out.Bytes())
 	if err != nil {
 		return fmt.Errorf("writing armor: %w", err)

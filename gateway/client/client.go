@@ -50,8 +50,9 @@ type Config struct {
 // (Overloaded) is sent again, with the same id, so many times in all; the pause
 // doubles from firstPause, with jitter.
 const (
-	attempts   = 7
-	firstPause = 50 * time.Millisecond
+	attempts      = 7
+	firstPause    = 50 * time.Millisecond
+	maxRetryAfter = 2 * time.Second // the longest pause that the gateway can ask for
 )
 
 // Client is a connection to a gateway. It is safe for concurrent use.
@@ -217,11 +218,19 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 			err = pb.FromStatus(status.FromProto(res.GetError()))
 		}
 		again := errors.Is(err, sigerr.Unavailable) || errors.Is(err, sigerr.Overloaded)
+		if r, ok := errors.AsType[interface {
+			error
+			RetryAfter() time.Duration
+		}](err); ok {
+			// A rate that allows the next one in an hour is told, not waited for.
+			again = again && r.RetryAfter() <= maxRetryAfter
+			pause = max(pause, r.RetryAfter())
+		}
 		if !again || try == attempts || c.ctx.Err() != nil {
 			return Signature{}, err
 		}
 		select {
-		case <-time.After(pause/2 + mrand.N(pause)):
+		case <-time.After(pause + mrand.N(pause)):
 			pause *= 2
 		case <-ctx.Done():
 			return Signature{}, err

@@ -44,12 +44,12 @@ var transportErrors = []struct {
 	{"tls: unsupported certificate", sigerr.Unauthenticated, "the gateway refuses this client's certificate: it may not be made for client authentication"},
 
 	// What we say to the gateway's.
-	{"x509: certificate signed by unknown authority", sigerr.Unavailable, "the gateway's certificate is not trusted: the CA in the client profile did not issue it"},
-	{"x509: certificate has expired or is not yet valid", sigerr.Unavailable, "the gateway's certificate is not trusted: it has expired or is not valid yet"},
-	{"x509: certificate is valid for", sigerr.Unavailable, "the gateway's certificate is not trusted: it is for another name; see server_name in the client profile"},
-	{"x509: certificate is not valid for any names", sigerr.Unavailable, "the gateway's certificate is not trusted: it is for another name; see server_name in the client profile"},
-	{"x509: cannot validate certificate for", sigerr.Unavailable, "the gateway's certificate is not trusted: it is for another name; see server_name in the client profile"},
-	{"x509: ", sigerr.Unavailable, "the gateway's certificate is not trusted"},
+	{"x509: certificate signed by unknown authority", sigerr.Unauthenticated, "the gateway's certificate is not trusted: the CA in the client profile did not issue it"},
+	{"x509: certificate has expired or is not yet valid", sigerr.Unauthenticated, "the gateway's certificate is not trusted: it has expired or is not valid yet"},
+	{"x509: certificate is valid for", sigerr.Unauthenticated, "the gateway's certificate is not trusted: it is for another name; see server_name in the client profile"},
+	{"x509: certificate is not valid for any names", sigerr.Unauthenticated, "the gateway's certificate is not trusted: it is for another name; see server_name in the client profile"},
+	{"x509: cannot validate certificate for", sigerr.Unauthenticated, "the gateway's certificate is not trusted: it is for another name; see server_name in the client profile"},
+	{"x509: ", sigerr.Unauthenticated, "the gateway's certificate is not trusted"},
 
 	{"tls: protocol version not supported", sigerr.Unavailable, "what listens there does not speak TLS 1.3"},
 	{"tls: first record does not look like a TLS handshake", sigerr.Unavailable, "what listens there does not speak TLS"},
@@ -63,8 +63,8 @@ var transportErrors = []struct {
 }
 
 // wireError turns a gRPC error into one of ours. A gateway that cannot be
-// reached, or whose certificate is not accepted, comes out as Unavailable; one
-// that does not accept our certificate, as Unauthenticated.
+// reached comes out as Unavailable; one whose certificate we do not accept, or
+// that does not accept ours, as Unauthenticated, which is not tried again.
 func (c *Client) wireError(err error) error {
 	if err == nil {
 		return nil

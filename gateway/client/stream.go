@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 	"time"
 
@@ -170,6 +171,9 @@ func (s *stream) send() {
 		case <-s.over:
 			return
 		}
+		// Callers that are about to hand over may do so first: without this the
+		// runtime runs the receiver of an item before its next sender.
+		runtime.Gosched()
 	gather:
 		for len(m.Items) < pb.MaxItems && size < pb.MaxMessage/2 {
 			select {

@@ -5,6 +5,7 @@ package gatewaypb
 
 import (
 	"crypto"
+	"errors"
 	"fmt"
 	"time"
 
@@ -23,7 +24,8 @@ const (
 	MaxMessage = 1 << 20
 	// MaxItems is how many items or results a message of a stream carries.
 	MaxItems = 256
-	// RetryDelay is what a refusal for overload suggests to wait.
+	// RetryDelay is what a refusal for overload suggests to wait, where the
+	// error itself does not know better (RetryAfter() time.Duration).
 	RetryDelay = 50 * time.Millisecond
 )
 
@@ -57,7 +59,11 @@ func ToStatus(err error) (s *status.Status, known bool) {
 		s := status.New(row.code, err.Error())
 		if row.kind == sigerr.Overloaded {
 			// An error here means the detail could not be marshalled: go without.
-			if d, err := s.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(RetryDelay)}); err == nil {
+			delay := RetryDelay
+			if r, ok := errors.AsType[retryable](err); ok {
+				delay = r.RetryAfter()
+			}
+			if d, err := s.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(delay)}); err == nil {
 				s = d
 			}
 		}
@@ -66,21 +72,36 @@ func ToStatus(err error) (s *status.Status, known bool) {
 	return status.New(codes.Unknown, "internal error; the gateway's log tells more"), false
 }
 
-// remote is an error as the gateway told it: its words, and its kind for errors.Is.
-type remote struct {
-	kind error
-	text string
+// retryable is an error that knows when to try again.
+type retryable interface {
+	error
+	RetryAfter() time.Duration
 }
 
-func (r *remote) Error() string { return r.text }
-func (r *remote) Unwrap() error { return r.kind }
+// remote is an error as the gateway told it: its words, its kind for errors.Is,
+// and when to try again, where it said so.
+type remote struct {
+	kind  error
+	text  string
+	after time.Duration
+}
+
+func (r *remote) Error() string             { return r.text }
+func (r *remote) Unwrap() error             { return r.kind }
+func (r *remote) RetryAfter() time.Duration { return r.after }
 
 // FromStatus is the inverse of ToStatus. A code that no row has becomes an
 // error of no kind.
 func FromStatus(s *status.Status) error {
 	for _, row := range errorCodes {
 		if row.code == s.Code() {
-			return &remote{row.kind, s.Message()}
+			r := &remote{kind: row.kind, text: s.Message()}
+			for _, d := range s.Details() {
+				if info, ok := d.(*errdetails.RetryInfo); ok {
+					r.after = info.GetRetryDelay().AsDuration()
+				}
+			}
+			return r
 		}
 	}
 	return fmt.Errorf("the gateway answered %s: %s", s.Code(), s.Message())

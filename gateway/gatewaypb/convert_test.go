@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 
@@ -38,6 +39,27 @@ func TestStatusKeepsKind(t *testing.T) {
 	}
 	if err := pb.FromStatus(s); sigerr.Kind(err) != nil {
 		t.Errorf("an unknown error came back as %v", sigerr.Kind(err))
+	}
+}
+
+type later struct{}
+
+func (later) Error() string             { return sigerr.Overloaded.Error() + ": words" }
+func (later) Unwrap() error             { return sigerr.Overloaded }
+func (later) RetryAfter() time.Duration { return 90 * time.Second }
+
+// An error that knows when to try again says so to the client.
+func TestRetryAfter(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		want time.Duration
+	}{{later{}, 90 * time.Second}, {sigerr.Overloaded, pb.RetryDelay}, {sigerr.Denied, 0}} {
+		s, _ := pb.ToStatus(fmt.Errorf("%w", tt.err))
+		err := pb.FromStatus(s)
+		r, ok := err.(interface{ RetryAfter() time.Duration })
+		if !ok || r.RetryAfter() != tt.want {
+			t.Errorf("%v: came back as %v, want to try again after %v", tt.err, err, tt.want)
+		}
 	}
 }
 

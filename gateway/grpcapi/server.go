@@ -82,10 +82,10 @@ func New(c Config) (*Server, error) {
 	}
 	s := &Server{c: c, log: c.Logger, drain: make(chan struct{}), health: health.NewServer()}
 	s.grpc = grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(&tls.Config{
+		grpc.Creds(newLogging(credentials.NewTLS(&tls.Config{
 			MinVersion:         tls.VersionTLS13,
 			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.TLS(), nil },
-		})),
+		}), c.Logger)),
 		grpc.MaxRecvMsgSize(pb.MaxMessage),
 		grpc.MaxConcurrentStreams(maxConcurrentStreams),
 		grpc.ConnectionTimeout(connectionTimeout),

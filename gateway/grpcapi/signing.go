@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"runtime/debug"
 	"sync"
 
@@ -156,6 +157,9 @@ func (t *stream) send(st grpc.BidiStreamingServer[pb.SignStreamRequest, pb.SignS
 			if !ok {
 				return err
 			}
+			// Whoever has another result at hand may add it: without this the
+			// runtime runs the receiver of a result before its next sender.
+			runtime.Gosched()
 			t.gather(m, r)
 		case <-drain:
 			drain = nil

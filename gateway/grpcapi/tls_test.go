@@ -121,15 +121,16 @@ func TestGatewayRefused(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		conf client.Config
+		kind error
 		says string
 	}{
-		{"another CA", profile(t, s.addr, foreign.file, s.ca.issue(t, "root")), "certificate is not trusted"},
+		{"another CA", profile(t, s.addr, foreign.file, s.ca.issue(t, "root")), sigerr.Unauthenticated, "certificate is not trusted"},
 		{"another name", func() client.Config {
 			c := s.profile(t, "root")
 			c.TLS.ServerName = "signwarden.example"
 			return c
-		}(), "server_name"},
-		{"a plaintext server", profile(t, listen(t, grpc.NewServer()), s.ca.file, s.ca.issue(t, "root")), "TLS"},
+		}(), sigerr.Unauthenticated, "server_name"},
+		{"a plaintext server", profile(t, listen(t, grpc.NewServer()), s.ca.file, s.ca.issue(t, "root")), sigerr.Unavailable, "TLS"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -137,8 +138,8 @@ func TestGatewayRefused(t *testing.T) {
 			err := c.Ping(t.Context())
 			_, serr := c.Sign(t.Context(), clientRequest("k", "id"))
 			for name, err := range map[string]error{"ping": err, "sign": serr} {
-				if !errors.Is(err, sigerr.Unavailable) || !strings.Contains(err.Error(), tt.says) {
-					t.Errorf("%s: got %v, want Unavailable that says %q", name, err, tt.says)
+				if !errors.Is(err, tt.kind) || !strings.Contains(err.Error(), tt.says) {
+					t.Errorf("%s: got %v, want %v that says %q", name, err, tt.kind, tt.says)
 				}
 				t.Log(name, err)
 			}

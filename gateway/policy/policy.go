@@ -58,6 +58,16 @@ type Rate struct {
 	Per   time.Duration
 }
 
+// String is the form that a policy file has.
+func (r Rate) String() string {
+	for unit, per := range ratePeriods {
+		if per == r.Per {
+			return fmt.Sprintf("%d/%s", r.Count, unit)
+		}
+	}
+	return fmt.Sprintf("%d/%v", r.Count, r.Per)
+}
+
 // Query is one question.
 type Query struct {
 	Principal string

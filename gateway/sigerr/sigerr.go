@@ -27,7 +27,7 @@ var (
 
 	// Conflict: the request contradicts an earlier one: a key name that is
 	// taken, an idempotency id that was used for another digest.
-	Conflict = errors.New("conflicts with an earlier request")
+	Conflict = errors.New("conflict")
 
 	// Overloaded: a bound was reached; the same request may succeed later.
 	Overloaded = errors.New("too many requests")
