@@ -19,7 +19,7 @@ demo: deps build
 # Everything. What a fresh machine lacks is installed first, from its distribution.
 test: deps lint generated race softhsm
 
-# The quick subset: seconds, no token, no tools.
+# The quick subset: no token, no tools.
 check: lint unit
 
 deps:

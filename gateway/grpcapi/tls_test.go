@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"log/slog"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -418,4 +419,35 @@ func TestReload(t *testing.T) {
 	}
 	it := item("k", "open-still")
 	checkResult(t, s, k, it, st.one(it).GetSignature())
+}
+
+// lines is a log that a test can wait on.
+type lines chan string
+
+func (l lines) Write(b []byte) (int, error) {
+	select {
+	case l <- string(b):
+	default: // nobody waits for so many
+	}
+	return len(b), nil
+}
+
+// An operator who is asked about a refused certificate finds it in the log.
+func TestRefusedClientIsLogged(t *testing.T) {
+	t.Parallel()
+	log := make(lines, 64)
+	s := serve(t, gatewaytest.New(t, ""), func(c *grpcapi.Config) { c.Logger = slog.New(slog.NewTextHandler(log, nil)) })
+	if err := dial(t, profile(t, s.addr, s.ca.file, newAuthority(t).issue(t, "root"))).Ping(t.Context()); err == nil {
+		t.Fatal("a foreign certificate is accepted")
+	}
+	for {
+		select {
+		case line := <-log:
+			if strings.Contains(line, "client refused") && strings.Contains(line, "unknown authority") && strings.Contains(line, "127.0.0.1") {
+				return
+			}
+		case <-t.Context().Done():
+			t.Fatal("the log says nothing")
+		}
+	}
 }
