@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
@@ -74,7 +75,7 @@ func ping(ctx context.Context, c *client.Client, wait time.Duration) error {
 
 func (a *app) keyCommand() *cobra.Command {
 	c := &cobra.Command{Use: "key", Short: "Create, list, export, enable and disable keys"}
-	c.AddCommand(a.keyCreate(), a.keyList(), a.keyShow(), a.keyExport(),
+	c.AddCommand(a.keyCreate(), a.keyList(), a.keyShow(), a.keyExport(), a.keyCert(), a.keyCSR(),
 		a.keyState("enable", keys.Enabled), a.keyState("disable", keys.Disabled))
 	return c
 }
@@ -90,6 +91,14 @@ type keyJSON struct {
 	MaySign     bool         `json:"may_sign"`
 	Fingerprint string       `json:"spki_sha256"`
 	OpenPGP     *openpgpJSON `json:"openpgp,omitempty"`
+	X509        []x509JSON   `json:"x509,omitempty"`
+}
+
+type x509JSON struct {
+	Subject     string    `json:"subject"`
+	Issuer      string    `json:"issuer"`
+	Expires     time.Time `json:"expires"`
+	Fingerprint string    `json:"sha256"`
 }
 
 type openpgpJSON struct {
@@ -103,6 +112,10 @@ func toJSON(k client.Key) (keyJSON, error) {
 	out := keyJSON{
 		Name: k.Name, Algorithm: string(k.Algorithm), State: string(k.State), Created: k.Created, Token: k.Token,
 		TokenID: hex.EncodeToString(k.TokenID), MaySign: k.MaySign, Fingerprint: keys.Key{Public: k.SPKI}.Fingerprint(),
+	}
+	for _, c := range k.X509 {
+		sum := sha256.Sum256(c.Raw)
+		out.X509 = append(out.X509, x509JSON{c.Subject.String(), c.Issuer.String(), c.NotAfter, hex.EncodeToString(sum[:])})
 	}
 	if k.OpenPGP != nil {
 		cert, err := openpgp.ParseCertificate(k.OpenPGP.Certificate)
@@ -141,6 +154,12 @@ func (a *app) printKey(k client.Key) error {
 			} else {
 				row("expires", "never")
 			}
+		}
+		for _, c := range j.X509 {
+			row("X.509", c.Subject)
+			row("  issuer", c.Issuer)
+			row("  expires", c.Expires.Format(time.RFC3339))
+			row("  SHA-256", c.Fingerprint)
 		}
 	})
 }
@@ -296,11 +315,12 @@ func (a *app) keyState(verb string, to keys.State) *cobra.Command {
 func (a *app) keyExport() *cobra.Command {
 	var format string
 	c := &cobra.Command{
-		Use:   "export NAME --format openpgp|spki|ssh",
+		Use:   "export NAME --format openpgp|spki|ssh|x509",
 		Short: "Print the public half of a key",
 		Long: `export prints the public half of a key: openpgp, the armored certificate that
 gpg and rpm import; spki, a PEM PUBLIC KEY; ssh, a line for allowed_signers or
-authorized_keys. There is no way to export a private half.`,
+authorized_keys; x509, the PEM chain, the key's own certificate first. There is no
+way to export a private half.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.with(func(c *client.Client) error {
@@ -317,7 +337,7 @@ authorized_keys. There is no way to export a private half.`,
 			})
 		},
 	}
-	c.Flags().StringVar(&format, "format", "openpgp", "openpgp, spki or ssh")
+	c.Flags().StringVar(&format, "format", "openpgp", "openpgp, spki, ssh or x509")
 	return c
 }
 
@@ -335,6 +355,16 @@ func export(k client.Key, format string) ([]byte, error) {
 		var b bytes.Buffer
 		err = cert.Armor(&b)
 		return b.Bytes(), err
+	case "x509":
+		if len(k.X509) == 0 {
+			return nil, exit.Hint(exit.UsageError("key %q has no X.509 certificate", k.Name),
+				"make one: signwarden key cert %s --self-signed --subject CN=... --usage codesign; or see signwarden key csr", k.Name)
+		}
+		var out []byte
+		for _, c := range k.X509 {
+			out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
+		}
+		return out, nil
 	case "spki":
 		return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: k.SPKI}), nil
 	case "ssh":
@@ -345,5 +375,5 @@ func export(k client.Key, format string) ([]byte, error) {
 		line := bytes.TrimSuffix(ssh.MarshalAuthorizedKey(pub), []byte("\n"))
 		return fmt.Appendf(line, " %s\n", k.Name), nil
 	}
-	return nil, exit.UsageError("--format %q is not openpgp, spki or ssh", format)
+	return nil, exit.UsageError("--format %q is not openpgp, spki, ssh or x509", format)
 }

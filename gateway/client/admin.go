@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"crypto"
+	"crypto/x509/pkix"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -73,6 +74,49 @@ func (c *Client) SetKeyState(ctx context.Context, name string, to keys.State) (K
 		return Key{}, c.wireError(err)
 	}
 	return toKey(r.GetKey())
+}
+
+// X509Spec says what self-signed certificate to make.
+type X509Spec struct {
+	Subject pkix.Name
+	Usage   string    // codesign, kmod or efi
+	Expires time.Time // zero: never
+}
+
+func toName(n pkix.Name) *pb.Name {
+	return &pb.Name{
+		CommonName: n.CommonName, Organizations: n.Organization, OrganizationalUnits: n.OrganizationalUnit,
+		Countries: n.Country, Provinces: n.Province, Localities: n.Locality,
+	}
+}
+
+// CertifyKey has the gateway make a self-signed certificate for a key.
+func (c *Client) CertifyKey(ctx context.Context, name string, x X509Spec) (Key, error) {
+	req := &pb.CertifyKeyRequest{Name: name, Subject: toName(x.Subject), Usage: x.Usage}
+	if !x.Expires.IsZero() {
+		req.Expires = timestamppb.New(x.Expires)
+	}
+	r, err := c.keys.CertifyKey(ctx, req)
+	if err != nil {
+		return Key{}, c.wireError(err)
+	}
+	return toKey(r.GetKey())
+}
+
+// ImportChain stores the certificates that others have issued for a key, DER,
+// its own first.
+func (c *Client) ImportChain(ctx context.Context, name string, chain [][]byte) (Key, error) {
+	r, err := c.keys.ImportChain(ctx, &pb.ImportChainRequest{Name: name, Chain: chain})
+	if err != nil {
+		return Key{}, c.wireError(err)
+	}
+	return toKey(r.GetKey())
+}
+
+// CreateSigningRequest has the gateway make a PKCS #10 request for a key, DER.
+func (c *Client) CreateSigningRequest(ctx context.Context, name string, subject pkix.Name) ([]byte, error) {
+	r, err := c.keys.CreateSigningRequest(ctx, &pb.CreateSigningRequestRequest{Name: name, Subject: toName(subject)})
+	return r.GetRequest(), c.wireError(err)
 }
 
 // ApplyPolicy replaces the gateway's rules and returns their number.

@@ -309,6 +309,7 @@ type Key struct {
 	TokenID   []byte // CKA_ID there
 	MaySign   bool   // whether we may sign with it in some format
 	OpenPGP   *OpenPGP
+	X509      []*x509.Certificate // the key's own, then its issuers'
 }
 
 // OpenPGP is the certificate of a key.
@@ -328,6 +329,13 @@ func toKey(k *pb.Key) (Key, error) {
 		Name: k.GetName(), Algorithm: keys.Algorithm(k.GetAlgorithm()), State: keys.State(k.GetState()),
 		Created: k.GetCreated().AsTime(), PublicKey: pub, SPKI: k.GetPublicKey(),
 		Token: k.GetToken(), TokenID: k.GetTokenId(), MaySign: k.GetMaySign(),
+	}
+	for _, der := range k.GetX509Chain() {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return Key{}, fmt.Errorf("certificate of %q: %w", k.GetName(), err)
+		}
+		out.X509 = append(out.X509, cert)
 	}
 	if o := k.GetOpenpgp(); o != nil {
 		out.OpenPGP = &OpenPGP{UserID: o.GetUserId(), Layout: keys.Layout(o.GetLayout()), Certificate: o.GetCertificate()}

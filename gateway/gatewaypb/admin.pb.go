@@ -42,7 +42,9 @@ type Key struct {
 	// OpenPGP certificate, where it was asked for.
 	Openpgp *OpenPGPCertificate `protobuf:"bytes,8,opt,name=openpgp,proto3" json:"openpgp,omitempty"`
 	// Whether the caller may sign with the key in some format.
-	MaySign       bool `protobuf:"varint,9,opt,name=may_sign,json=maySign,proto3" json:"may_sign,omitempty"`
+	MaySign bool `protobuf:"varint,9,opt,name=may_sign,json=maySign,proto3" json:"may_sign,omitempty"`
+	// X.509 certificates, DER: the key's own, then its issuers'.
+	X509Chain     [][]byte `protobuf:"bytes,10,rep,name=x509_chain,json=x509Chain,proto3" json:"x509_chain,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -140,6 +142,425 @@ func (x *Key) GetMaySign() bool {
 	return false
 }
 
+func (x *Key) GetX509Chain() [][]byte {
+	if x != nil {
+		return x.X509Chain
+	}
+	return nil
+}
+
+// Name is the subject of an X.509 certificate (RFC 5280 section 4.1.2.6).
+type Name struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// CN.
+	CommonName string `protobuf:"bytes,1,opt,name=common_name,json=commonName,proto3" json:"common_name,omitempty"`
+	// O.
+	Organizations []string `protobuf:"bytes,2,rep,name=organizations,proto3" json:"organizations,omitempty"`
+	// OU.
+	OrganizationalUnits []string `protobuf:"bytes,3,rep,name=organizational_units,json=organizationalUnits,proto3" json:"organizational_units,omitempty"`
+	// C.
+	Countries []string `protobuf:"bytes,4,rep,name=countries,proto3" json:"countries,omitempty"`
+	// ST.
+	Provinces []string `protobuf:"bytes,5,rep,name=provinces,proto3" json:"provinces,omitempty"`
+	// L.
+	Localities    []string `protobuf:"bytes,6,rep,name=localities,proto3" json:"localities,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Name) Reset() {
+	*x = Name{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Name) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Name) ProtoMessage() {}
+
+func (x *Name) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Name.ProtoReflect.Descriptor instead.
+func (*Name) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Name) GetCommonName() string {
+	if x != nil {
+		return x.CommonName
+	}
+	return ""
+}
+
+func (x *Name) GetOrganizations() []string {
+	if x != nil {
+		return x.Organizations
+	}
+	return nil
+}
+
+func (x *Name) GetOrganizationalUnits() []string {
+	if x != nil {
+		return x.OrganizationalUnits
+	}
+	return nil
+}
+
+func (x *Name) GetCountries() []string {
+	if x != nil {
+		return x.Countries
+	}
+	return nil
+}
+
+func (x *Name) GetProvinces() []string {
+	if x != nil {
+		return x.Provinces
+	}
+	return nil
+}
+
+func (x *Name) GetLocalities() []string {
+	if x != nil {
+		return x.Localities
+	}
+	return nil
+}
+
+// CertifyKeyRequest says what certificate to make.
+type CertifyKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the key.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Subject, and issuer.
+	Subject *Name `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	// codesign, kmod or efi.
+	Usage string `protobuf:"bytes,3,opt,name=usage,proto3" json:"usage,omitempty"`
+	// When it is to expire; absent: never.
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CertifyKeyRequest) Reset() {
+	*x = CertifyKeyRequest{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CertifyKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CertifyKeyRequest) ProtoMessage() {}
+
+func (x *CertifyKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CertifyKeyRequest.ProtoReflect.Descriptor instead.
+func (*CertifyKeyRequest) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CertifyKeyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CertifyKeyRequest) GetSubject() *Name {
+	if x != nil {
+		return x.Subject
+	}
+	return nil
+}
+
+func (x *CertifyKeyRequest) GetUsage() string {
+	if x != nil {
+		return x.Usage
+	}
+	return ""
+}
+
+func (x *CertifyKeyRequest) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+// CertifyKeyResponse is the key with its certificate.
+type CertifyKeyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key.
+	Key           *Key `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CertifyKeyResponse) Reset() {
+	*x = CertifyKeyResponse{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CertifyKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CertifyKeyResponse) ProtoMessage() {}
+
+func (x *CertifyKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CertifyKeyResponse.ProtoReflect.Descriptor instead.
+func (*CertifyKeyResponse) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CertifyKeyResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+// ImportChainRequest is a chain.
+type ImportChainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the key.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// DER certificates, at most 8: the key's own, then each one's issuer.
+	Chain         [][]byte `protobuf:"bytes,2,rep,name=chain,proto3" json:"chain,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportChainRequest) Reset() {
+	*x = ImportChainRequest{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportChainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportChainRequest) ProtoMessage() {}
+
+func (x *ImportChainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportChainRequest.ProtoReflect.Descriptor instead.
+func (*ImportChainRequest) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ImportChainRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ImportChainRequest) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+// ImportChainResponse is the key with its chain.
+type ImportChainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key.
+	Key           *Key `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportChainResponse) Reset() {
+	*x = ImportChainResponse{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportChainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportChainResponse) ProtoMessage() {}
+
+func (x *ImportChainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportChainResponse.ProtoReflect.Descriptor instead.
+func (*ImportChainResponse) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ImportChainResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+// CreateSigningRequestRequest says what request to make.
+type CreateSigningRequestRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the key.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Subject.
+	Subject       *Name `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateSigningRequestRequest) Reset() {
+	*x = CreateSigningRequestRequest{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateSigningRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateSigningRequestRequest) ProtoMessage() {}
+
+func (x *CreateSigningRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateSigningRequestRequest.ProtoReflect.Descriptor instead.
+func (*CreateSigningRequestRequest) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *CreateSigningRequestRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateSigningRequestRequest) GetSubject() *Name {
+	if x != nil {
+		return x.Subject
+	}
+	return nil
+}
+
+// CreateSigningRequestResponse is the request.
+type CreateSigningRequestResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PKCS #10, DER.
+	Request       []byte `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateSigningRequestResponse) Reset() {
+	*x = CreateSigningRequestResponse{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateSigningRequestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateSigningRequestResponse) ProtoMessage() {}
+
+func (x *CreateSigningRequestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateSigningRequestResponse.ProtoReflect.Descriptor instead.
+func (*CreateSigningRequestResponse) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CreateSigningRequestResponse) GetRequest() []byte {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
 // OpenPGPCertificate is the OpenPGP side of a key.
 type OpenPGPCertificate struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -157,7 +578,7 @@ type OpenPGPCertificate struct {
 
 func (x *OpenPGPCertificate) Reset() {
 	*x = OpenPGPCertificate{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -169,7 +590,7 @@ func (x *OpenPGPCertificate) String() string {
 func (*OpenPGPCertificate) ProtoMessage() {}
 
 func (x *OpenPGPCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -182,7 +603,7 @@ func (x *OpenPGPCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenPGPCertificate.ProtoReflect.Descriptor instead.
 func (*OpenPGPCertificate) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{1}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *OpenPGPCertificate) GetUserId() string {
@@ -232,7 +653,7 @@ type CreateKeyRequest struct {
 
 func (x *CreateKeyRequest) Reset() {
 	*x = CreateKeyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +665,7 @@ func (x *CreateKeyRequest) String() string {
 func (*CreateKeyRequest) ProtoMessage() {}
 
 func (x *CreateKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +678,7 @@ func (x *CreateKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateKeyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateKeyRequest) GetName() string {
@@ -306,7 +727,7 @@ type CreateKeyResponse struct {
 
 func (x *CreateKeyResponse) Reset() {
 	*x = CreateKeyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -318,7 +739,7 @@ func (x *CreateKeyResponse) String() string {
 func (*CreateKeyResponse) ProtoMessage() {}
 
 func (x *CreateKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -331,7 +752,7 @@ func (x *CreateKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKeyResponse.ProtoReflect.Descriptor instead.
 func (*CreateKeyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateKeyResponse) GetKey() *Key {
@@ -352,7 +773,7 @@ type GetKeyRequest struct {
 
 func (x *GetKeyRequest) Reset() {
 	*x = GetKeyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -364,7 +785,7 @@ func (x *GetKeyRequest) String() string {
 func (*GetKeyRequest) ProtoMessage() {}
 
 func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -377,7 +798,7 @@ func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetKeyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetKeyRequest) GetName() string {
@@ -398,7 +819,7 @@ type GetKeyResponse struct {
 
 func (x *GetKeyResponse) Reset() {
 	*x = GetKeyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -410,7 +831,7 @@ func (x *GetKeyResponse) String() string {
 func (*GetKeyResponse) ProtoMessage() {}
 
 func (x *GetKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -423,7 +844,7 @@ func (x *GetKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKeyResponse.ProtoReflect.Descriptor instead.
 func (*GetKeyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetKeyResponse) GetKey() *Key {
@@ -444,7 +865,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -456,7 +877,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -469,7 +890,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListKeysRequest) GetAfter() string {
@@ -492,7 +913,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -504,7 +925,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -517,7 +938,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListKeysResponse) GetKeys() []*Key {
@@ -547,7 +968,7 @@ type SetKeyStateRequest struct {
 
 func (x *SetKeyStateRequest) Reset() {
 	*x = SetKeyStateRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -559,7 +980,7 @@ func (x *SetKeyStateRequest) String() string {
 func (*SetKeyStateRequest) ProtoMessage() {}
 
 func (x *SetKeyStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -572,7 +993,7 @@ func (x *SetKeyStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKeyStateRequest.ProtoReflect.Descriptor instead.
 func (*SetKeyStateRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SetKeyStateRequest) GetName() string {
@@ -600,7 +1021,7 @@ type SetKeyStateResponse struct {
 
 func (x *SetKeyStateResponse) Reset() {
 	*x = SetKeyStateResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -612,7 +1033,7 @@ func (x *SetKeyStateResponse) String() string {
 func (*SetKeyStateResponse) ProtoMessage() {}
 
 func (x *SetKeyStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -625,7 +1046,7 @@ func (x *SetKeyStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKeyStateResponse.ProtoReflect.Descriptor instead.
 func (*SetKeyStateResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SetKeyStateResponse) GetKey() *Key {
@@ -646,7 +1067,7 @@ type ApplyPolicyRequest struct {
 
 func (x *ApplyPolicyRequest) Reset() {
 	*x = ApplyPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -658,7 +1079,7 @@ func (x *ApplyPolicyRequest) String() string {
 func (*ApplyPolicyRequest) ProtoMessage() {}
 
 func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -671,7 +1092,7 @@ func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ApplyPolicyRequest) GetSource() string {
@@ -692,7 +1113,7 @@ type ApplyPolicyResponse struct {
 
 func (x *ApplyPolicyResponse) Reset() {
 	*x = ApplyPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -704,7 +1125,7 @@ func (x *ApplyPolicyResponse) String() string {
 func (*ApplyPolicyResponse) ProtoMessage() {}
 
 func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -717,7 +1138,7 @@ func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ApplyPolicyResponse) GetRules() int32 {
@@ -736,7 +1157,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +1169,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +1182,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 // GetPolicyResponse is the rules.
@@ -775,7 +1196,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +1208,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +1221,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetPolicyResponse) GetSource() string {
@@ -829,7 +1250,7 @@ type TestPolicyRequest struct {
 
 func (x *TestPolicyRequest) Reset() {
 	*x = TestPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +1262,7 @@ func (x *TestPolicyRequest) String() string {
 func (*TestPolicyRequest) ProtoMessage() {}
 
 func (x *TestPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +1275,7 @@ func (x *TestPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestPolicyRequest.ProtoReflect.Descriptor instead.
 func (*TestPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TestPolicyRequest) GetPrincipal() string {
@@ -909,7 +1330,7 @@ type TestPolicyResponse struct {
 
 func (x *TestPolicyResponse) Reset() {
 	*x = TestPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -921,7 +1342,7 @@ func (x *TestPolicyResponse) String() string {
 func (*TestPolicyResponse) ProtoMessage() {}
 
 func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -934,7 +1355,7 @@ func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestPolicyResponse.ProtoReflect.Descriptor instead.
 func (*TestPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TestPolicyResponse) GetAllowed() bool {
@@ -978,7 +1399,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -990,7 +1411,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1003,7 +1424,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListEntriesRequest) GetFromRow() int64 {
@@ -1033,7 +1454,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1466,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1479,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListEntriesResponse) GetFirstRow() int64 {
@@ -1079,7 +1500,7 @@ var File_signwarden_v1_admin_proto protoreflect.FileDescriptor
 
 const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x19signwarden/v1/admin.proto\x12\rsignwarden.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bsignwarden/v1/signing.proto\"\xab\x02\n" +
+	"\x19signwarden/v1/admin.proto\x12\rsignwarden.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bsignwarden/v1/signing.proto\"\xca\x02\n" +
 	"\x03Key\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x14\n" +
@@ -1090,7 +1511,37 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\x05token\x18\x06 \x01(\tR\x05token\x12\x19\n" +
 	"\btoken_id\x18\a \x01(\fR\atokenId\x12;\n" +
 	"\aopenpgp\x18\b \x01(\v2!.signwarden.v1.OpenPGPCertificateR\aopenpgp\x12\x19\n" +
-	"\bmay_sign\x18\t \x01(\bR\amaySign\"\x9d\x01\n" +
+	"\bmay_sign\x18\t \x01(\bR\amaySign\x12\x1d\n" +
+	"\n" +
+	"x509_chain\x18\n" +
+	" \x03(\fR\tx509Chain\"\xdc\x01\n" +
+	"\x04Name\x12\x1f\n" +
+	"\vcommon_name\x18\x01 \x01(\tR\n" +
+	"commonName\x12$\n" +
+	"\rorganizations\x18\x02 \x03(\tR\rorganizations\x121\n" +
+	"\x14organizational_units\x18\x03 \x03(\tR\x13organizationalUnits\x12\x1c\n" +
+	"\tcountries\x18\x04 \x03(\tR\tcountries\x12\x1c\n" +
+	"\tprovinces\x18\x05 \x03(\tR\tprovinces\x12\x1e\n" +
+	"\n" +
+	"localities\x18\x06 \x03(\tR\n" +
+	"localities\"\xa2\x01\n" +
+	"\x11CertifyKeyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\asubject\x18\x02 \x01(\v2\x13.signwarden.v1.NameR\asubject\x12\x14\n" +
+	"\x05usage\x18\x03 \x01(\tR\x05usage\x124\n" +
+	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\":\n" +
+	"\x12CertifyKeyResponse\x12$\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\">\n" +
+	"\x12ImportChainRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05chain\x18\x02 \x03(\fR\x05chain\";\n" +
+	"\x13ImportChainResponse\x12$\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"`\n" +
+	"\x1bCreateSigningRequestRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\asubject\x18\x02 \x01(\v2\x13.signwarden.v1.NameR\asubject\"8\n" +
+	"\x1cCreateSigningRequestResponse\x12\x18\n" +
+	"\arequest\x18\x01 \x01(\fR\arequest\"\x9d\x01\n" +
 	"\x12OpenPGPCertificate\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x16\n" +
 	"\x06layout\x18\x02 \x01(\tR\x06layout\x124\n" +
@@ -1142,13 +1593,17 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\"L\n" +
 	"\x13ListEntriesResponse\x12\x1b\n" +
 	"\tfirst_row\x18\x01 \x01(\x03R\bfirstRow\x12\x18\n" +
-	"\aentries\x18\x02 \x03(\fR\aentries2\xc6\x02\n" +
+	"\aentries\x18\x02 \x03(\fR\aentries2\xe0\x04\n" +
 	"\n" +
 	"KeyService\x12N\n" +
 	"\tCreateKey\x12\x1f.signwarden.v1.CreateKeyRequest\x1a .signwarden.v1.CreateKeyResponse\x12E\n" +
 	"\x06GetKey\x12\x1c.signwarden.v1.GetKeyRequest\x1a\x1d.signwarden.v1.GetKeyResponse\x12K\n" +
 	"\bListKeys\x12\x1e.signwarden.v1.ListKeysRequest\x1a\x1f.signwarden.v1.ListKeysResponse\x12T\n" +
-	"\vSetKeyState\x12!.signwarden.v1.SetKeyStateRequest\x1a\".signwarden.v1.SetKeyStateResponse2\x88\x02\n" +
+	"\vSetKeyState\x12!.signwarden.v1.SetKeyStateRequest\x1a\".signwarden.v1.SetKeyStateResponse\x12Q\n" +
+	"\n" +
+	"CertifyKey\x12 .signwarden.v1.CertifyKeyRequest\x1a!.signwarden.v1.CertifyKeyResponse\x12T\n" +
+	"\vImportChain\x12!.signwarden.v1.ImportChainRequest\x1a\".signwarden.v1.ImportChainResponse\x12o\n" +
+	"\x14CreateSigningRequest\x12*.signwarden.v1.CreateSigningRequestRequest\x1a+.signwarden.v1.CreateSigningRequestResponse2\x88\x02\n" +
 	"\rPolicyService\x12T\n" +
 	"\vApplyPolicy\x12!.signwarden.v1.ApplyPolicyRequest\x1a\".signwarden.v1.ApplyPolicyResponse\x12N\n" +
 	"\tGetPolicy\x12\x1f.signwarden.v1.GetPolicyRequest\x1a .signwarden.v1.GetPolicyResponse\x12Q\n" +
@@ -1169,60 +1624,78 @@ func file_signwarden_v1_admin_proto_rawDescGZIP() []byte {
 	return file_signwarden_v1_admin_proto_rawDescData
 }
 
-var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_signwarden_v1_admin_proto_goTypes = []any{
-	(*Key)(nil),                   // 0: signwarden.v1.Key
-	(*OpenPGPCertificate)(nil),    // 1: signwarden.v1.OpenPGPCertificate
-	(*CreateKeyRequest)(nil),      // 2: signwarden.v1.CreateKeyRequest
-	(*CreateKeyResponse)(nil),     // 3: signwarden.v1.CreateKeyResponse
-	(*GetKeyRequest)(nil),         // 4: signwarden.v1.GetKeyRequest
-	(*GetKeyResponse)(nil),        // 5: signwarden.v1.GetKeyResponse
-	(*ListKeysRequest)(nil),       // 6: signwarden.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),      // 7: signwarden.v1.ListKeysResponse
-	(*SetKeyStateRequest)(nil),    // 8: signwarden.v1.SetKeyStateRequest
-	(*SetKeyStateResponse)(nil),   // 9: signwarden.v1.SetKeyStateResponse
-	(*ApplyPolicyRequest)(nil),    // 10: signwarden.v1.ApplyPolicyRequest
-	(*ApplyPolicyResponse)(nil),   // 11: signwarden.v1.ApplyPolicyResponse
-	(*GetPolicyRequest)(nil),      // 12: signwarden.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),     // 13: signwarden.v1.GetPolicyResponse
-	(*TestPolicyRequest)(nil),     // 14: signwarden.v1.TestPolicyRequest
-	(*TestPolicyResponse)(nil),    // 15: signwarden.v1.TestPolicyResponse
-	(*ListEntriesRequest)(nil),    // 16: signwarden.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),   // 17: signwarden.v1.ListEntriesResponse
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(HashAlgorithm)(0),            // 19: signwarden.v1.HashAlgorithm
+	(*Key)(nil),                          // 0: signwarden.v1.Key
+	(*Name)(nil),                         // 1: signwarden.v1.Name
+	(*CertifyKeyRequest)(nil),            // 2: signwarden.v1.CertifyKeyRequest
+	(*CertifyKeyResponse)(nil),           // 3: signwarden.v1.CertifyKeyResponse
+	(*ImportChainRequest)(nil),           // 4: signwarden.v1.ImportChainRequest
+	(*ImportChainResponse)(nil),          // 5: signwarden.v1.ImportChainResponse
+	(*CreateSigningRequestRequest)(nil),  // 6: signwarden.v1.CreateSigningRequestRequest
+	(*CreateSigningRequestResponse)(nil), // 7: signwarden.v1.CreateSigningRequestResponse
+	(*OpenPGPCertificate)(nil),           // 8: signwarden.v1.OpenPGPCertificate
+	(*CreateKeyRequest)(nil),             // 9: signwarden.v1.CreateKeyRequest
+	(*CreateKeyResponse)(nil),            // 10: signwarden.v1.CreateKeyResponse
+	(*GetKeyRequest)(nil),                // 11: signwarden.v1.GetKeyRequest
+	(*GetKeyResponse)(nil),               // 12: signwarden.v1.GetKeyResponse
+	(*ListKeysRequest)(nil),              // 13: signwarden.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),             // 14: signwarden.v1.ListKeysResponse
+	(*SetKeyStateRequest)(nil),           // 15: signwarden.v1.SetKeyStateRequest
+	(*SetKeyStateResponse)(nil),          // 16: signwarden.v1.SetKeyStateResponse
+	(*ApplyPolicyRequest)(nil),           // 17: signwarden.v1.ApplyPolicyRequest
+	(*ApplyPolicyResponse)(nil),          // 18: signwarden.v1.ApplyPolicyResponse
+	(*GetPolicyRequest)(nil),             // 19: signwarden.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),            // 20: signwarden.v1.GetPolicyResponse
+	(*TestPolicyRequest)(nil),            // 21: signwarden.v1.TestPolicyRequest
+	(*TestPolicyResponse)(nil),           // 22: signwarden.v1.TestPolicyResponse
+	(*ListEntriesRequest)(nil),           // 23: signwarden.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),          // 24: signwarden.v1.ListEntriesResponse
+	(*timestamppb.Timestamp)(nil),        // 25: google.protobuf.Timestamp
+	(HashAlgorithm)(0),                   // 26: signwarden.v1.HashAlgorithm
 }
 var file_signwarden_v1_admin_proto_depIdxs = []int32{
-	18, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
-	1,  // 1: signwarden.v1.Key.openpgp:type_name -> signwarden.v1.OpenPGPCertificate
-	18, // 2: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
-	18, // 3: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
-	0,  // 4: signwarden.v1.CreateKeyResponse.key:type_name -> signwarden.v1.Key
-	0,  // 5: signwarden.v1.GetKeyResponse.key:type_name -> signwarden.v1.Key
-	0,  // 6: signwarden.v1.ListKeysResponse.keys:type_name -> signwarden.v1.Key
-	0,  // 7: signwarden.v1.SetKeyStateResponse.key:type_name -> signwarden.v1.Key
-	19, // 8: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
-	2,  // 9: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
-	4,  // 10: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
-	6,  // 11: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
-	8,  // 12: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
-	10, // 13: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
-	12, // 14: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
-	14, // 15: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
-	16, // 16: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
-	3,  // 17: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
-	5,  // 18: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
-	7,  // 19: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
-	9,  // 20: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
-	11, // 21: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
-	13, // 22: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
-	15, // 23: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
-	17, // 24: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
-	17, // [17:25] is the sub-list for method output_type
-	9,  // [9:17] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	25, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
+	8,  // 1: signwarden.v1.Key.openpgp:type_name -> signwarden.v1.OpenPGPCertificate
+	1,  // 2: signwarden.v1.CertifyKeyRequest.subject:type_name -> signwarden.v1.Name
+	25, // 3: signwarden.v1.CertifyKeyRequest.expires:type_name -> google.protobuf.Timestamp
+	0,  // 4: signwarden.v1.CertifyKeyResponse.key:type_name -> signwarden.v1.Key
+	0,  // 5: signwarden.v1.ImportChainResponse.key:type_name -> signwarden.v1.Key
+	1,  // 6: signwarden.v1.CreateSigningRequestRequest.subject:type_name -> signwarden.v1.Name
+	25, // 7: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
+	25, // 8: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
+	0,  // 9: signwarden.v1.CreateKeyResponse.key:type_name -> signwarden.v1.Key
+	0,  // 10: signwarden.v1.GetKeyResponse.key:type_name -> signwarden.v1.Key
+	0,  // 11: signwarden.v1.ListKeysResponse.keys:type_name -> signwarden.v1.Key
+	0,  // 12: signwarden.v1.SetKeyStateResponse.key:type_name -> signwarden.v1.Key
+	26, // 13: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
+	9,  // 14: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
+	11, // 15: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
+	13, // 16: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
+	15, // 17: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
+	2,  // 18: signwarden.v1.KeyService.CertifyKey:input_type -> signwarden.v1.CertifyKeyRequest
+	4,  // 19: signwarden.v1.KeyService.ImportChain:input_type -> signwarden.v1.ImportChainRequest
+	6,  // 20: signwarden.v1.KeyService.CreateSigningRequest:input_type -> signwarden.v1.CreateSigningRequestRequest
+	17, // 21: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
+	19, // 22: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
+	21, // 23: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
+	23, // 24: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
+	10, // 25: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
+	12, // 26: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
+	14, // 27: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
+	16, // 28: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
+	3,  // 29: signwarden.v1.KeyService.CertifyKey:output_type -> signwarden.v1.CertifyKeyResponse
+	5,  // 30: signwarden.v1.KeyService.ImportChain:output_type -> signwarden.v1.ImportChainResponse
+	7,  // 31: signwarden.v1.KeyService.CreateSigningRequest:output_type -> signwarden.v1.CreateSigningRequestResponse
+	18, // 32: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
+	20, // 33: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
+	22, // 34: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
+	24, // 35: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
+	25, // [25:36] is the sub-list for method output_type
+	14, // [14:25] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_signwarden_v1_admin_proto_init() }
@@ -1237,7 +1710,7 @@ func file_signwarden_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signwarden_v1_admin_proto_rawDesc), len(file_signwarden_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

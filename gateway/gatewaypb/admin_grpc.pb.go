@@ -19,10 +19,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	KeyService_CreateKey_FullMethodName   = "/signwarden.v1.KeyService/CreateKey"
-	KeyService_GetKey_FullMethodName      = "/signwarden.v1.KeyService/GetKey"
-	KeyService_ListKeys_FullMethodName    = "/signwarden.v1.KeyService/ListKeys"
-	KeyService_SetKeyState_FullMethodName = "/signwarden.v1.KeyService/SetKeyState"
+	KeyService_CreateKey_FullMethodName            = "/signwarden.v1.KeyService/CreateKey"
+	KeyService_GetKey_FullMethodName               = "/signwarden.v1.KeyService/GetKey"
+	KeyService_ListKeys_FullMethodName             = "/signwarden.v1.KeyService/ListKeys"
+	KeyService_SetKeyState_FullMethodName          = "/signwarden.v1.KeyService/SetKeyState"
+	KeyService_CertifyKey_FullMethodName           = "/signwarden.v1.KeyService/CertifyKey"
+	KeyService_ImportChain_FullMethodName          = "/signwarden.v1.KeyService/ImportChain"
+	KeyService_CreateSigningRequest_FullMethodName = "/signwarden.v1.KeyService/CreateSigningRequest"
 )
 
 // KeyServiceClient is the client API for KeyService service.
@@ -40,6 +43,16 @@ type KeyServiceClient interface {
 	// SetKeyState enables or disables a key. Needs an admin rule for it. A
 	// disabled key signs nothing from the very next request on, on open streams too.
 	SetKeyState(ctx context.Context, in *SetKeyStateRequest, opts ...grpc.CallOption) (*SetKeyStateResponse, error)
+	// CertifyKey makes a self-signed X.509 certificate for a key, which takes the
+	// place of the key's chain. Needs an admin rule for the key.
+	CertifyKey(ctx context.Context, in *CertifyKeyRequest, opts ...grpc.CallOption) (*CertifyKeyResponse, error)
+	// ImportChain stores an X.509 chain that others have issued for a key.
+	// INVALID_ARGUMENT where it is of another public key or does not hold together.
+	// Needs an admin rule for the key.
+	ImportChain(ctx context.Context, in *ImportChainRequest, opts ...grpc.CallOption) (*ImportChainResponse, error)
+	// CreateSigningRequest makes a PKCS #10 request for a key. Needs an admin rule
+	// for the key.
+	CreateSigningRequest(ctx context.Context, in *CreateSigningRequestRequest, opts ...grpc.CallOption) (*CreateSigningRequestResponse, error)
 }
 
 type keyServiceClient struct {
@@ -90,6 +103,36 @@ func (c *keyServiceClient) SetKeyState(ctx context.Context, in *SetKeyStateReque
 	return out, nil
 }
 
+func (c *keyServiceClient) CertifyKey(ctx context.Context, in *CertifyKeyRequest, opts ...grpc.CallOption) (*CertifyKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CertifyKeyResponse)
+	err := c.cc.Invoke(ctx, KeyService_CertifyKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyServiceClient) ImportChain(ctx context.Context, in *ImportChainRequest, opts ...grpc.CallOption) (*ImportChainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImportChainResponse)
+	err := c.cc.Invoke(ctx, KeyService_ImportChain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyServiceClient) CreateSigningRequest(ctx context.Context, in *CreateSigningRequestRequest, opts ...grpc.CallOption) (*CreateSigningRequestResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CreateSigningRequestResponse)
+	err := c.cc.Invoke(ctx, KeyService_CreateSigningRequest_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // KeyServiceServer is the server API for KeyService service.
 // All implementations must embed UnimplementedKeyServiceServer
 // for forward compatibility.
@@ -105,6 +148,16 @@ type KeyServiceServer interface {
 	// SetKeyState enables or disables a key. Needs an admin rule for it. A
 	// disabled key signs nothing from the very next request on, on open streams too.
 	SetKeyState(context.Context, *SetKeyStateRequest) (*SetKeyStateResponse, error)
+	// CertifyKey makes a self-signed X.509 certificate for a key, which takes the
+	// place of the key's chain. Needs an admin rule for the key.
+	CertifyKey(context.Context, *CertifyKeyRequest) (*CertifyKeyResponse, error)
+	// ImportChain stores an X.509 chain that others have issued for a key.
+	// INVALID_ARGUMENT where it is of another public key or does not hold together.
+	// Needs an admin rule for the key.
+	ImportChain(context.Context, *ImportChainRequest) (*ImportChainResponse, error)
+	// CreateSigningRequest makes a PKCS #10 request for a key. Needs an admin rule
+	// for the key.
+	CreateSigningRequest(context.Context, *CreateSigningRequestRequest) (*CreateSigningRequestResponse, error)
 	mustEmbedUnimplementedKeyServiceServer()
 }
 
@@ -126,6 +179,15 @@ func (UnimplementedKeyServiceServer) ListKeys(context.Context, *ListKeysRequest)
 }
 func (UnimplementedKeyServiceServer) SetKeyState(context.Context, *SetKeyStateRequest) (*SetKeyStateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SetKeyState not implemented")
+}
+func (UnimplementedKeyServiceServer) CertifyKey(context.Context, *CertifyKeyRequest) (*CertifyKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CertifyKey not implemented")
+}
+func (UnimplementedKeyServiceServer) ImportChain(context.Context, *ImportChainRequest) (*ImportChainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ImportChain not implemented")
+}
+func (UnimplementedKeyServiceServer) CreateSigningRequest(context.Context, *CreateSigningRequestRequest) (*CreateSigningRequestResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateSigningRequest not implemented")
 }
 func (UnimplementedKeyServiceServer) mustEmbedUnimplementedKeyServiceServer() {}
 func (UnimplementedKeyServiceServer) testEmbeddedByValue()                    {}
@@ -220,6 +282,60 @@ func _KeyService_SetKeyState_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyService_CertifyKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CertifyKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).CertifyKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_CertifyKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).CertifyKey(ctx, req.(*CertifyKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyService_ImportChain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImportChainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).ImportChain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_ImportChain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).ImportChain(ctx, req.(*ImportChainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyService_CreateSigningRequest_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateSigningRequestRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).CreateSigningRequest(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_CreateSigningRequest_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).CreateSigningRequest(ctx, req.(*CreateSigningRequestRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // KeyService_ServiceDesc is the grpc.ServiceDesc for KeyService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -242,6 +358,18 @@ var KeyService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetKeyState",
 			Handler:    _KeyService_SetKeyState_Handler,
+		},
+		{
+			MethodName: "CertifyKey",
+			Handler:    _KeyService_CertifyKey_Handler,
+		},
+		{
+			MethodName: "ImportChain",
+			Handler:    _KeyService_ImportChain_Handler,
+		},
+		{
+			MethodName: "CreateSigningRequest",
+			Handler:    _KeyService_CreateSigningRequest_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

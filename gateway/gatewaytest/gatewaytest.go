@@ -168,6 +168,13 @@ func (k *Token) Generate(_ context.Context, _ string, id []byte, algorithm strin
 	return s.Public(), nil
 }
 
+// Signer is a pair itself, for what a test signs beside the gateway.
+func (k *Token) Signer(id []byte) crypto.Signer {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.pairs[string(id)]
+}
+
 // Delete implements gateway.Token.
 func (k *Token) Delete(_ context.Context, id []byte) error {
 	k.mu.Lock()
@@ -275,6 +282,13 @@ func (s *Store) Commit(_ context.Context, c store.Change) (int64, error) {
 		for i := range s.State.Keys {
 			if s.State.Keys[i].Name == c.SetState.Name {
 				s.State.Keys[i].State = c.SetState.State
+			}
+		}
+	}
+	if c.SetX509 != nil {
+		for i := range s.State.Keys {
+			if s.State.Keys[i].Name == c.SetX509.Name {
+				s.State.Keys[i].X509 = c.SetX509.Chain
 			}
 		}
 	}

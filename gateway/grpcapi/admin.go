@@ -2,8 +2,10 @@ package grpcapi
 
 import (
 	"context"
+	"crypto/x509/pkix"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/signwarden/signwarden/gateway"
@@ -23,7 +25,7 @@ type admin struct {
 func toKey(k keys.Key, maySign bool) *pb.Key {
 	out := &pb.Key{
 		Name: k.Name, Algorithm: string(k.Algorithm), State: string(k.State), Created: timestamppb.New(k.Created),
-		PublicKey: k.Public, Token: k.Token, TokenId: k.ID, MaySign: maySign,
+		PublicKey: k.Public, Token: k.Token, TokenId: k.ID, MaySign: maySign, X509Chain: k.X509,
 	}
 	if o := k.OpenPGP; o != nil {
 		out.Openpgp = &pb.OpenPGPCertificate{UserId: o.UserID, Layout: string(o.Layout), Certificate: o.Certificate}
@@ -73,7 +75,7 @@ func (a *admin) GetKey(ctx context.Context, r *pb.GetKeyRequest) (*pb.GetKeyResp
 	return &pb.GetKeyResponse{Key: out}, err
 }
 
-// keysPerPage keeps a page, at some 4 KiB for a key of RSA-4096, under gRPC's
+// keysPerPage and pb.MaxMessage keep a page, at some 4 KiB for a key of RSA-4096, under gRPC's
 // usual bound of 4 MiB for a client.
 const keysPerPage = 500
 
@@ -82,16 +84,18 @@ func (a *admin) ListKeys(ctx context.Context, r *pb.ListKeysRequest) (*pb.ListKe
 	if err != nil {
 		return nil, err
 	}
-	out := &pb.ListKeysResponse{}
+	out, size := &pb.ListKeysResponse{}, 0
 	for _, v := range all {
 		if v.Name <= r.GetAfter() {
 			continue
 		}
-		if len(out.Keys) == keysPerPage {
-			out.NextAfter = out.Keys[keysPerPage-1].Name
+		if len(out.Keys) == keysPerPage || size > pb.MaxMessage {
+			out.NextAfter = out.Keys[len(out.Keys)-1].Name
 			break
 		}
-		out.Keys = append(out.Keys, toKey(v.Key, v.MaySign))
+		k := toKey(v.Key, v.MaySign)
+		size += proto.Size(k)
+		out.Keys = append(out.Keys, k)
 	}
 	return out, nil
 }
@@ -102,6 +106,36 @@ func (a *admin) SetKeyState(ctx context.Context, r *pb.SetKeyStateRequest) (*pb.
 		return nil, err
 	}
 	return &pb.SetKeyStateResponse{Key: a.done(ctx, k)}, nil
+}
+
+func fromName(n *pb.Name) pkix.Name {
+	return pkix.Name{
+		CommonName: n.GetCommonName(), Organization: n.GetOrganizations(), OrganizationalUnit: n.GetOrganizationalUnits(),
+		Country: n.GetCountries(), Province: n.GetProvinces(), Locality: n.GetLocalities(),
+	}
+}
+
+func (a *admin) CertifyKey(ctx context.Context, r *pb.CertifyKeyRequest) (*pb.CertifyKeyResponse, error) {
+	k, err := a.s.c.Gateway.CertifyKey(ctx, principal(ctx), frontEnd, r.GetName(), gateway.X509Spec{
+		Subject: fromName(r.GetSubject()), Usage: gateway.Usage(r.GetUsage()), Expires: fromTimestamp(r.GetExpires()),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CertifyKeyResponse{Key: a.done(ctx, k)}, nil
+}
+
+func (a *admin) ImportChain(ctx context.Context, r *pb.ImportChainRequest) (*pb.ImportChainResponse, error) {
+	k, err := a.s.c.Gateway.ImportChain(ctx, principal(ctx), frontEnd, r.GetName(), r.GetChain())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ImportChainResponse{Key: a.done(ctx, k)}, nil
+}
+
+func (a *admin) CreateSigningRequest(ctx context.Context, r *pb.CreateSigningRequestRequest) (*pb.CreateSigningRequestResponse, error) {
+	der, err := a.s.c.Gateway.CSR(ctx, principal(ctx), frontEnd, r.GetName(), fromName(r.GetSubject()))
+	return &pb.CreateSigningRequestResponse{Request: der}, err
 }
 
 func (a *admin) ApplyPolicy(ctx context.Context, r *pb.ApplyPolicyRequest) (*pb.ApplyPolicyResponse, error) {

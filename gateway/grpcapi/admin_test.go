@@ -299,6 +299,16 @@ func calls(conn *grpc.ClientConn) map[string]struct {
 		"KeyService.SetKeyState": {1, func(ctx context.Context) error {
 			return second(ks.SetKeyState(ctx, &pb.SetKeyStateRequest{Name: "other", State: "disabled"}))
 		}},
+		"KeyService.CertifyKey": {1, func(ctx context.Context) error {
+			return second(ks.CertifyKey(ctx, &pb.CertifyKeyRequest{Name: "k", Subject: &pb.Name{CommonName: "k"}, Usage: "kmod"}))
+		}},
+		"KeyService.ImportChain": {1, func(ctx context.Context) error {
+			r, _ := ks.GetKey(ctx, &pb.GetKeyRequest{Name: "k"}) // the certificate of CertifyKey, for who may see it
+			return second(ks.ImportChain(ctx, &pb.ImportChainRequest{Name: "k", Chain: r.GetKey().GetX509Chain()}))
+		}},
+		"KeyService.CreateSigningRequest": {1, func(ctx context.Context) error {
+			return second(ks.CreateSigningRequest(ctx, &pb.CreateSigningRequestRequest{Name: "k", Subject: &pb.Name{CommonName: "k"}}))
+		}},
 		"KeyService.GetKey": {0, func(ctx context.Context) error {
 			return second(ks.GetKey(ctx, &pb.GetKeyRequest{Name: "k"}))
 		}},

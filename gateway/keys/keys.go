@@ -130,6 +130,7 @@ type Key struct {
 	Public    []byte    // SubjectPublicKeyInfo, pinned when the key was made
 	Created   time.Time // whole seconds: part of the OpenPGP fingerprint
 	OpenPGP   *OpenPGP  // nil: no certificate was asked for
+	X509      [][]byte  // DER certificates: the key's own, then its issuers'; nil: none
 }
 
 var nameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)

@@ -3,8 +3,13 @@ package store_test
 import (
 	"cmp"
 	"context"
+	"crypto/ed25519"
+	crand "crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
+	"math/big"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -27,6 +32,7 @@ func testStore(t *testing.T, open func(t *testing.T) store.Store) {
 		"keys":               testKeys,
 		"key exists":         testKeyExists,
 		"state":              testState,
+		"x509":               testX509,
 		"policy":             testPolicy,
 		"audit rows":         testAuditRows,
 		"audit paging":       testAuditPaging,
@@ -189,6 +195,32 @@ func testState(t *testing.T, s store.Store) {
 		a.State = to
 		wantState(t, s, "", a, b)
 	}
+}
+
+func testX509(t *testing.T, s store.Store) {
+	a, b := plainKey("a"), plainKey("b")
+	commit(t, s, store.Change{CreateKey: &a})
+	commit(t, s, store.Change{CreateKey: &b})
+	for _, chain := range [][][]byte{{certificate(t, "leaf"), certificate(t, "issuer")}, {certificate(t, "other")}} {
+		commit(t, s, store.Change{SetX509: &store.SetX509{Name: "a", Chain: chain}})
+		a.X509 = chain
+		wantState(t, s, "", a, b)
+	}
+}
+
+// certificate is some DER certificate.
+func certificate(t *testing.T, cn string) []byte {
+	t.Helper()
+	pub, priv, err := ed25519.GenerateKey(crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: cn}}
+	der, err := x509.CreateCertificate(crand.Reader, tmpl, tmpl, pub, priv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
 }
 
 func testPolicy(t *testing.T, s store.Store) {

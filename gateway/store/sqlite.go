@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"crypto/x509"
 	"database/sql"
 	"embed"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -118,7 +120,7 @@ func (s *SQLite) Load(ctx context.Context) (State, error) {
 
 func loadKeys(ctx context.Context, tx *sql.Tx) ([]keys.Key, error) {
 	rows, err := tx.QueryContext(ctx, `SELECT name, algorithm, state, token, token_id, public_key, created,
-		openpgp, openpgp_user_id, openpgp_layout, openpgp_expires, primary_id, primary_public FROM keys ORDER BY name`)
+		openpgp, openpgp_user_id, openpgp_layout, openpgp_expires, primary_id, primary_public, x509_chain FROM keys ORDER BY name`)
 	if err != nil {
 		return nil, err
 	}
@@ -130,10 +132,15 @@ func loadKeys(ctx context.Context, tx *sql.Tx) ([]keys.Key, error) {
 		var pgp keys.OpenPGP
 		var userID, layout sql.NullString
 		var expires sql.NullInt64
+		var chain []byte
 		err := rows.Scan(&k.Name, &k.Algorithm, &k.State, &k.Token, &k.ID, &k.Public, &created,
-			&pgp.Certificate, &userID, &layout, &expires, &pgp.PrimaryID, &pgp.PrimaryPublic)
+			&pgp.Certificate, &userID, &layout, &expires, &pgp.PrimaryID, &pgp.PrimaryPublic, &chain)
 		if err != nil {
 			return nil, err
+		}
+		k.X509, err = splitChain(chain)
+		if err != nil {
+			return nil, fmt.Errorf("certificates of key %q: %w", k.Name, err)
 		}
 		k.Created = time.Unix(created, 0).UTC()
 		if userID.Valid {
@@ -146,6 +153,19 @@ func loadKeys(ctx context.Context, tx *sql.Tx) ([]keys.Key, error) {
 		all = append(all, k)
 	}
 	return all, rows.Err()
+}
+
+// splitChain takes concatenated DER certificates apart.
+func splitChain(b []byte) ([][]byte, error) {
+	certs, err := x509.ParseCertificates(b)
+	if err != nil || len(certs) == 0 {
+		return nil, err
+	}
+	chain := make([][]byte, len(certs))
+	for i, c := range certs {
+		chain[i] = c.Raw
+	}
+	return chain, nil
 }
 
 // Commit implements Store.
@@ -161,8 +181,15 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 		}
 	}
 	if c.SetState != nil {
-		if err := updateState(ctx, tx, *c.SetState); err != nil {
+		err := updateOne(ctx, tx, `UPDATE keys SET state = ? WHERE name = ?`, c.SetState.State, c.SetState.Name)
+		if err != nil {
 			return 0, fmt.Errorf("storing the state of key %q: %w", c.SetState.Name, err)
+		}
+	}
+	if c.SetX509 != nil {
+		err := updateOne(ctx, tx, `UPDATE keys SET x509_chain = ? WHERE name = ?`, slices.Concat(c.SetX509.Chain...), c.SetX509.Name)
+		if err != nil {
+			return 0, fmt.Errorf("storing the certificates of key %q: %w", c.SetX509.Name, err)
 		}
 	}
 	if c.Policy != nil {
@@ -180,10 +207,10 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 	return first, nil
 }
 
-// updateState errs where there is no such key: its audit entry would record what
+// updateOne errs where there is no such key: its audit entry would record what
 // did not happen.
-func updateState(ctx context.Context, tx *sql.Tx, to SetState) error {
-	res, err := tx.ExecContext(ctx, `UPDATE keys SET state = ? WHERE name = ?`, to.State, to.Name)
+func updateOne(ctx context.Context, tx *sql.Tx, update string, args ...any) error {
+	res, err := tx.ExecContext(ctx, update, args...)
 	if err != nil {
 		return err
 	}

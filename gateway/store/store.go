@@ -41,6 +41,7 @@ type State struct {
 type Change struct {
 	CreateKey *keys.Key // ErrExists where the name is taken
 	SetState  *SetState
+	SetX509   *SetX509
 	Policy    []byte
 	Audit     [][]byte
 }
@@ -50,4 +51,10 @@ type Change struct {
 type SetState struct {
 	Name  string
 	State keys.State
+}
+
+// SetX509 gives a stored key another certificate chain.
+type SetX509 struct {
+	Name  string
+	Chain [][]byte // DER
 }
