@@ -72,7 +72,7 @@ func (a *app) tail(cmd *cobra.Command, c *client.Client, limit int, follow bool)
 }
 
 func (a *app) printEntry(row int64, raw []byte) error {
-	if a.format == "json" {
+	if a.format != "table" {
 		enc := json.NewEncoder(a.out)
 		enc.SetEscapeHTML(false) // the entry is to come out as it is stored
 		return enc.Encode(struct {

@@ -21,11 +21,6 @@ import (
 	"github.com/signwarden/signwarden/gateway/client"
 )
 
-// childExit is the exit code of the command that exec ran; it becomes ours.
-type childExit int
-
-func (c childExit) Error() string { return fmt.Sprintf("the command exited with %d", int(c)) }
-
 // The exit codes that shells and env(1) use.
 const (
 	exitNotExecutable = 126
@@ -58,9 +53,9 @@ func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err er
 	if err != nil {
 		a.say("signwarden: %v", err)
 		if errors.Is(err, os.ErrPermission) {
-			return childExit(exitNotExecutable)
+			return silent(exitNotExecutable)
 		}
-		return childExit(exitNotFound)
+		return silent(exitNotFound)
 	}
 	// From here on a signal is the command's, not ours: cleaning up comes after it.
 	signals := make(chan os.Signal, 16)
@@ -96,7 +91,7 @@ func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err er
 	cmd.Env = home.env
 	if err := cmd.Start(); err != nil {
 		a.say("signwarden: %v", err)
-		return childExit(exitNotExecutable)
+		return silent(exitNotExecutable)
 	}
 	return wait(cmd, signals, a.in)
 }
@@ -122,9 +117,9 @@ func wait(cmd *exec.Cmd, signals <-chan os.Signal, in *os.File) error {
 				return err
 			}
 			if ws, ok := x.Sys().(interface{ Signal() unix.Signal }); ok && x.ExitCode() < 0 {
-				return childExit(exitSignal + int(ws.Signal()))
+				return silent(exitSignal + int(ws.Signal()))
 			}
-			return childExit(x.ExitCode())
+			return silent(x.ExitCode())
 		}
 	}
 }

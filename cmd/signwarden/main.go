@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -27,7 +28,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	err := exit.Execute(ctx, newRoot(os.Stdin, os.Stdout, os.Stderr))
 	stop()
-	if s, ok := errors.AsType[childExit](err); ok {
+	if s, ok := errors.AsType[silent](err); ok {
 		os.Exit(int(s))
 	}
 	if err != nil {
@@ -36,12 +37,18 @@ func main() {
 	os.Exit(exit.Code(err))
 }
 
+// silent is an exit code whose reason has been told: by the command that exec
+// ran, or with the file that failed.
+type silent int
+
+func (s silent) Error() string { return fmt.Sprintf("exit code %d", int(s)) }
+
 // app is what the commands share.
 type app struct {
 	in       *os.File
 	out, err io.Writer
 	profile  string
-	format   string // table or json
+	format   string // table, json or jsonl
 	log      *slog.Logger
 }
 
@@ -69,8 +76,8 @@ verify, 4 denied, 5 the gateway is unavailable, 6 some of several files failed.`
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 		PersistentPreRunE: func(*cobra.Command, []string) error {
-			if a.format != "table" && a.format != "json" {
-				return fmt.Errorf("-o %q is neither table nor json", a.format)
+			if !slices.Contains([]string{"table", "json", "jsonl"}, a.format) {
+				return fmt.Errorf("-o %q is not table, json or jsonl", a.format)
 			}
 			return nil
 		},
@@ -78,7 +85,7 @@ verify, 4 denied, 5 the gateway is unavailable, 6 some of several files failed.`
 	root.SetOut(out)
 	root.SetErr(errOut)
 	root.PersistentFlags().StringVar(&a.profile, "profile", "", "client profile (default: $SIGNWARDEN_PROFILE, or $XDG_CONFIG_HOME/signwarden/client.yaml)")
-	root.PersistentFlags().StringVarP(&a.format, "output-format", "o", "table", "how data is printed: table or json")
+	root.PersistentFlags().StringVarP(&a.format, "output-format", "o", "table", "how data is printed: table, json, or jsonl for a line a file")
 	root.AddCommand(a.pingCommand(), a.keyCommand(), a.policyCommand(), a.signCommand(), a.agentCommand(),
 		a.execCommand(), a.auditCommand(), a.benchCommand())
 	return root
@@ -141,9 +148,11 @@ func (a *app) with(f func(*client.Client) error) error {
 
 // print writes v as JSON, or has table write it in columns.
 func (a *app) print(v any, table func(w io.Writer)) error {
-	if a.format == "json" {
+	if a.format != "table" {
 		enc := json.NewEncoder(a.out)
-		enc.SetIndent("", "  ")
+		if a.format == "json" {
+			enc.SetIndent("", "  ")
+		}
 		enc.SetEscapeHTML(false)
 		return enc.Encode(v)
 	}

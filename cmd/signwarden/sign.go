@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"io"
@@ -18,18 +20,116 @@ import (
 
 func (a *app) signCommand() *cobra.Command {
 	c := &cobra.Command{Use: "sign", Short: "Sign files"}
-	c.AddCommand(a.signOpenPGP())
+	c.AddCommand(a.signOpenPGP(), a.signRPM())
 	return c
+}
+
+// target is where signatures go, and what stands in their way.
+type target struct {
+	output, dir string
+	replace     bool
+}
+
+func (t *target) flags(c *cobra.Command) {
+	c.Flags().StringVar(&t.output, "output", "", "where to write, for one file; - is standard output")
+	c.Flags().StringVar(&t.dir, "output-dir", "", "directory to write to")
+	c.Flags().BoolVar(&t.replace, "force", false, "replace files that exist")
+	c.MarkFlagsMutuallyExclusive("output", "output-dir")
+}
+
+// check refuses what cannot be meant.
+func (t *target) check(files []string) error {
+	if t.output != "" && len(files) > 1 {
+		return exit.UsageError("--output goes with one file; there are %d; see --output-dir", len(files))
+	}
+	if t.dir == "" {
+		return nil
+	}
+	info, err := os.Stat(t.dir)
+	if err != nil {
+		return fmt.Errorf("--output-dir: %w", err)
+	}
+	if !info.IsDir() {
+		return exit.UsageError("--output-dir %s is no directory", t.dir)
+	}
+	taken := map[string]string{}
+	for _, f := range files {
+		name := filepath.Base(f)
+		if other, ok := taken[name]; ok {
+			return exit.UsageError("%s and %s would both be %s", other, f, filepath.Join(t.dir, name))
+		}
+		taken[name] = f
+	}
+	return nil
+}
+
+// path is where what is made of file goes: file's own name and suffix, in the
+// output directory where there is one.
+func (t *target) path(file, suffix string) string {
+	switch {
+	case t.output != "":
+		return t.output
+	case t.dir != "":
+		return filepath.Join(t.dir, filepath.Base(file)+suffix)
+	}
+	return file + suffix
+}
+
+// openpgpKey is a key as OpenPGP signatures need it.
+type openpgpKey struct {
+	client.Key
+	pgp openpgp.Key
+}
+
+// openpgpKey asks the gateway for a key that has an OpenPGP certificate.
+func (a *app) openpgpKey(ctx context.Context, c *client.Client, name string) (openpgpKey, error) {
+	k, err := c.Key(ctx, name)
+	if err != nil {
+		return openpgpKey{}, err
+	}
+	if k.OpenPGP == nil {
+		return openpgpKey{}, exit.Hint(exit.UsageError("key %q has no OpenPGP certificate", k.Name), "make one with: signwarden key create NAME --openpgp-uid ...")
+	}
+	cert, err := openpgp.ParseCertificate(k.OpenPGP.Certificate)
+	if err != nil {
+		return openpgpKey{}, fmt.Errorf("certificate of %q: %w", k.Name, err)
+	}
+	pgp, err := cert.SigningKey(k.PublicKey)
+	if err != nil {
+		return openpgpKey{}, fmt.Errorf("certificate of %q: %w", k.Name, err)
+	}
+	return openpgpKey{k, pgp}, nil
+}
+
+// hashFlag is a --hash flag.
+type hashFlag string
+
+func (h *hashFlag) flag(c *cobra.Command) {
+	c.Flags().StringVar((*string)(h), "hash", "", "sha256, sha384 or sha512 (default: by the key)")
+}
+
+func (h hashFlag) hash() (crypto.Hash, error) {
+	if h == "" {
+		return 0, nil
+	}
+	v, ok := keys.Hashes[string(h)]
+	if !ok {
+		return 0, exit.UsageError("--hash %q is not sha256, sha384 or sha512", string(h))
+	}
+	return v, nil
 }
 
 // openpgpJob is one call of sign openpgp.
 type openpgpJob struct {
-	key, output, hash         string
-	armor, clearsign, replace bool
+	bulk
+	target
+	key              string
+	hash             hashFlag
+	armor, clearsign bool
 }
 
 func (a *app) signOpenPGP() *cobra.Command {
-	var j openpgpJob
+	j := openpgpJob{bulk: bulk{a: a}}
 	c := &cobra.Command{
 		Use:   "openpgp --key NAME [--armor | --clearsign] FILE...",
 		Short: "Make OpenPGP signatures, detached or clear",
@@ -43,23 +143,14 @@ A signature file that exists is left alone unless --force is given. An error wit
 one file does not stop the others; then the exit code is 6.`,
 		Example: `  signwarden sign openpgp --key release --armor SHA256SUMS
   gpg --verify SHA256SUMS.asc SHA256SUMS`,
-		Args: cobra.MinimumNArgs(1),
-		RunE: func(cmd *cobra.Command, files []string) error {
-			if j.output != "" && len(files) > 1 {
-				return exit.UsageError("--output goes with one file; there are %d", len(files))
-			}
-			if _, ok := keys.Hashes[j.hash]; j.hash != "" && !ok {
-				return exit.UsageError("--hash %q is not sha256, sha384 or sha512", j.hash)
-			}
-			return a.with(func(c *client.Client) error { return a.runOpenPGP(cmd.Context(), c, j, files) })
-		},
+		RunE: func(cmd *cobra.Command, args []string) error { return j.sign(cmd.Context(), args) },
 	}
 	c.Flags().StringVar(&j.key, "key", "", "name of the key")
 	c.Flags().BoolVar(&j.armor, "armor", false, "ASCII armor")
 	c.Flags().BoolVar(&j.clearsign, "clearsign", false, "put text and signature into one file")
-	c.Flags().StringVar(&j.output, "output", "", "where to write, for one file; - is standard output")
-	c.Flags().StringVar(&j.hash, "hash", "", "sha256, sha384 or sha512 (default: by the key)")
-	c.Flags().BoolVar(&j.replace, "force", false, "replace signature files that exist")
+	j.hash.flag(c)
+	j.target.flags(c)
+	j.bulk.flags(c)
 	c.MarkFlagsMutuallyExclusive("armor", "clearsign")
 	if err := c.MarkFlagRequired("key"); err != nil {
 		panic(err) // the flag is defined above
@@ -67,81 +158,59 @@ one file does not stop the others; then the exit code is 6.`,
 	return c
 }
 
-func (a *app) runOpenPGP(ctx context.Context, c *client.Client, j openpgpJob, files []string) error {
-	k, err := c.Key(ctx, j.key)
+func (j *openpgpJob) sign(ctx context.Context, args []string) error {
+	hash, err := j.hash.hash()
 	if err != nil {
 		return err
 	}
-	if k.OpenPGP == nil {
-		return exit.Hint(exit.UsageError("key %q has no OpenPGP certificate", k.Name), "make one with: signwarden key create NAME --openpgp-uid ...")
+	isSignature := func(path string) bool {
+		return filepath.Ext(path) == ".sig" || filepath.Ext(path) == ".asc"
 	}
-	cert, err := openpgp.ParseCertificate(k.OpenPGP.Certificate)
+	files, err := j.list(args, func(path string) bool { return !isSignature(path) })
 	if err != nil {
-		return fmt.Errorf("certificate of %q: %w", k.Name, err)
+		return err
 	}
-	pgpKey, err := cert.SigningKey(k.PublicKey)
-	if err != nil {
-		return fmt.Errorf("certificate of %q: %w", k.Name, err)
+	if err := j.check(files); err != nil {
+		return err
 	}
-	failed := 0
-	var first error
-	for _, file := range files {
-		err := a.signFile(ctx, c, j, k, pgpKey, file)
-		if err == nil {
-			continue
-		}
-		err = fmt.Errorf("%s: %w", file, err)
-		if len(files) == 1 {
+	return j.a.with(func(c *client.Client) error {
+		k, err := j.a.openpgpKey(ctx, c, j.key)
+		if err != nil {
 			return err
 		}
-		exit.Print(a.err, "signwarden", err)
-		failed++
-		first = err
-	}
-	if failed == len(files) {
-		return exit.WithCode(fmt.Errorf("none of %d files was signed", failed), exit.Code(first))
-	}
-	if failed > 0 {
-		return exit.WithCode(fmt.Errorf("%d of %d files were not signed", failed, len(files)), exit.SomeOfSeveral)
-	}
-	return nil
+		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
+			signer := waiting{c.Signer(ctx, k.Key, "openpgp", client.Claim{File: filepath.Base(file)}), &j.bulk}
+			return j.signFile(k.pgp, signer, file, openpgp.SignOptions{Armor: j.armor, Hash: hash})
+		})
+	})
 }
 
-func (a *app) signFile(ctx context.Context, c *client.Client, j openpgpJob, k client.Key, pgpKey openpgp.Key, file string) error {
-	in, out := a.in, j.output
+// signFile makes one signature and returns where it is.
+func (j *openpgpJob) signFile(key openpgp.Key, signer crypto.Signer, file string, o openpgp.SignOptions) (string, error) {
+	suffix := ".sig"
+	if j.armor || j.clearsign {
+		suffix = ".asc"
+	}
+	in, out := j.a.in, j.target.path(file, suffix)
 	if file == "-" {
-		if out == "" {
-			out = "-"
-		}
+		out = cmp.Or(j.output, "-")
 	} else {
 		var err error
 		if in, err = openRegular(file); err != nil {
-			return err
+			return "", err
 		}
 		defer in.Close()
 	}
-	if out == "" {
-		out = file + ".sig"
-		if j.armor || j.clearsign {
-			out = file + ".asc"
-		}
-	}
-	o := openpgp.SignOptions{Armor: j.armor, Hash: keys.Hashes[j.hash]}
-	signer := c.Signer(ctx, k, "openpgp", client.Claim{File: filepath.Base(file)})
 	write := func(w io.Writer) error {
 		if j.clearsign {
-			return openpgp.ClearSign(w, in, pgpKey, signer, o)
+			return openpgp.ClearSign(w, in, key, signer, o)
 		}
-		return openpgp.DetachSign(w, in, pgpKey, signer, o)
+		return openpgp.DetachSign(w, in, key, signer, o)
 	}
 	if out == "-" {
-		return write(a.out)
+		return out, write(j.a.out)
 	}
-	if err := writeWhole(out, j.replace, write); err != nil {
-		return err
-	}
-	a.say("signed %s: %s", file, out)
-	return nil
+	return out, writeWhole(out, j.replace, write)
 }
 
 // openRegular opens a file to be read to its end.

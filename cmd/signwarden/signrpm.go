@@ -1,0 +1,158 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/formats/rpm"
+	"github.com/signwarden/signwarden/gateway/client"
+)
+
+// rpmJob is one call of sign rpm.
+type rpmJob struct {
+	bulk
+	target
+	key, ima string
+	hash     hashFlag
+	options  rpm.Options
+	file     rpm.FileOptions
+}
+
+func (a *app) signRPM() *cobra.Command {
+	j := rpmJob{bulk: bulk{a: a}}
+	c := &cobra.Command{
+		Use:   "rpm --key NAME FILE...",
+		Short: "Sign RPM packages, in place",
+		Long: `rpm signs packages as rpmsign --resign does, but sends only digests and writes only
+what changes: the signature header, in place. Signatures that were there are
+replaced. A package is checked against its own digests first, its payload too
+unless --no-payload-check is given.
+
+A kill or power cut at any point leaves the old or the new package, at the latest
+when the package is signed or verified here again: what is overwritten is first
+kept beside it, in .NAME.signwarden-undo.
+
+An error with one file does not stop the others; then the exit code is 6. SIGINT
+begins no more files and lets those under way finish.`,
+		Example: `  signwarden sign rpm --key release --resume journal -r RPMS/
+  signwarden sign rpm --key release --output-dir signed/ *.rpm`,
+		RunE: func(cmd *cobra.Command, args []string) error { return j.sign(cmd.Context(), args) },
+	}
+	c.Flags().StringVar(&j.key, "key", "", "name of the key")
+	c.Flags().BoolVar(&j.options.NoPayloadCheck, "no-payload-check", false, "leave the payload unread")
+	c.Flags().BoolVar(&j.options.Payload, "rpmv3", false, "sign header and payload too, for rpm before 4.14")
+	c.Flags().StringVar(&j.ima, "ima", "", "name of an RSA key for IMA signatures of the files in the package")
+	c.Flags().BoolVar(&j.file.FollowLinks, "follow-symlinks", false, "sign the file that a symbolic link leads to")
+	c.Flags().BoolVar(&j.file.HardLinks, "hard-links", false, "sign a file that has other names; in place all of them change")
+	j.hash.flag(c)
+	j.target.flags(c)
+	j.bulk.flags(c)
+	if err := c.MarkFlagRequired("key"); err != nil {
+		panic(err) // the flag is defined above
+	}
+	return c
+}
+
+func (j *rpmJob) sign(ctx context.Context, args []string) error {
+	var err error
+	if j.options.Hash, err = j.hash.hash(); err != nil {
+		return err
+	}
+	files, err := j.list(args, func(path string) bool { return filepath.Ext(path) == ".rpm" })
+	if err != nil {
+		return err
+	}
+	if err := j.check(files); err != nil {
+		return err
+	}
+	return j.a.with(func(c *client.Client) error {
+		k, err := j.a.openpgpKey(ctx, c, j.key)
+		if err != nil {
+			return err
+		}
+		var ima client.Key
+		if j.ima != "" {
+			if ima, err = c.Key(ctx, j.ima); err != nil {
+				return err
+			}
+			var ok bool
+			if j.options.Files, ok = ima.PublicKey.(*rsa.PublicKey); !ok {
+				return exit.UsageError("--ima: key %q is %s; IMA signatures are made with an RSA key", ima.Name, ima.Algorithm)
+			}
+		}
+		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
+			claim := client.Claim{File: filepath.Base(file)}
+			var fileSigner crypto.Signer
+			if j.ima != "" {
+				fileSigner = waiting{c.Signer(ctx, ima, "ima", claim), &j.bulk}
+			}
+			return j.signFile(file, k, fileSigner, func(nevra string) crypto.Signer {
+				claim.NEVRA = nevra
+				return waiting{c.Signer(ctx, k.Key, "rpm", claim), &j.bulk}
+			})
+		})
+	})
+}
+
+// signFile signs one package and returns where it is.
+func (j *rpmJob) signFile(file string, k openpgpKey, ima crypto.Signer, signer func(nevra string) crypto.Signer) (string, error) {
+	update, err := j.prepare(file, k, ima, signer)
+	if err != nil {
+		return "", err
+	}
+	out := j.target.path(file, "")
+	if out == file {
+		return out, rpmHint(rpm.ApplyInPlace(file, update, j.file))
+	}
+	if _, err := os.Lstat(out); err == nil && !j.replace {
+		return "", exit.Hint(fmt.Errorf("%s exists", out), "replace it with --force")
+	}
+	return out, rpmHint(rpm.Rewrite(file, out, update, j.file))
+}
+
+// prepare reads a package and has it signed; the file is not changed, but for
+// what an earlier run has left unfinished.
+func (j *rpmJob) prepare(file string, k openpgpKey, ima crypto.Signer, signer func(string) crypto.Signer) (*rpm.Update, error) {
+	if _, err := rpm.Recover(file, j.file); err != nil {
+		return nil, rpmHint(err)
+	}
+	f, err := openRegular(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	p, err := rpm.ReadPackage(f, info.Size())
+	if err != nil {
+		return nil, err
+	}
+	s, err := rpm.Prepare(p, k.pgp, j.options)
+	if err != nil {
+		return nil, rpmHint(err)
+	}
+	return s.Sign(signer(p.Header.NEVRA.String()), ima)
+}
+
+// rpmHint says what to do about an error of package rpm.
+func rpmHint(err error) error {
+	switch {
+	case errors.Is(err, rpm.ErrLink):
+		return exit.Hint(err, "--follow-symlinks or --hard-links signs it all the same; --output-dir writes a copy")
+	case errors.Is(err, rpm.ErrDigest):
+		return exit.Hint(err, "it is damaged or still being written; nothing was signed")
+	case errors.Is(err, rpm.ErrLocked):
+		return exit.Hint(err, "wait for the other run")
+	}
+	return err
+}

@@ -1,0 +1,60 @@
+package rpm
+
+import (
+	"io"
+	"os"
+)
+
+// A Step is one change of the disk: do makes it, half makes half of it where that can be.
+type Step struct {
+	Name     string
+	Path     string
+	Do, Half func() error
+}
+
+// A HookedDisk runs every change of the disk through its hook.
+type HookedDisk struct{ d disk }
+
+// NewHookedDisk returns the real disk behind a hook.
+func NewHookedDisk(hook func(Step) error) HookedDisk {
+	r := realDisk
+	step := func(name, path string, do func() error) error {
+		return hook(Step{name, path, do, func() error { return nil }})
+	}
+	return HookedDisk{disk{
+		create: func(path string, flag int) (f *os.File, err error) {
+			e := step("create", path, func() error { f, err = r.create(path, flag); return err })
+			if e != nil && f != nil {
+				f.Close()
+			}
+			return f, e
+		},
+		write: func(f *os.File, b []byte, off int64) error {
+			return hook(Step{
+				"write", f.Name(),
+				func() error { return r.write(f, b, off) },
+				func() error { return r.write(f, b[:len(b)/2], off) },
+			})
+		},
+		copy: func(to *os.File, from io.Reader) (n int64, err error) {
+			e := hook(Step{
+				"copy", to.Name(),
+				func() error { n, err = r.copy(to, from); return err },
+				func() error { n, err = r.copy(to, io.LimitReader(from, 100)); return err },
+			})
+			return n, e
+		},
+		sync:    func(f *os.File) error { return step("sync", f.Name(), func() error { return r.sync(f) }) },
+		rename:  func(from, to string) error { return step("rename", to, func() error { return r.rename(from, to) }) },
+		remove:  func(path string) error { return step("remove", path, func() error { return r.remove(path) }) },
+		syncDir: func(path string) error { return step("syncDir", path, func() error { return r.syncDir(path) }) },
+	}}
+}
+
+func (h HookedDisk) ApplyInPlace(path string, u *Update, o FileOptions) error {
+	return h.d.applyInPlace(path, u, o)
+}
+
+func (h HookedDisk) Recover(path string, o FileOptions) (Recovery, error) {
+	return h.d.recover(path, o)
+}

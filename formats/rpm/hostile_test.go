@@ -1,0 +1,313 @@
+package rpm_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"testing"
+
+	"github.com/signwarden/signwarden/formats/openpgp"
+	"github.com/signwarden/signwarden/formats/rpm"
+)
+
+// ourErrors are all that a reader of foreign bytes may meet with.
+var ourErrors = []error{
+	rpm.ErrMalformed, rpm.ErrDigest, rpm.ErrNoDigest, rpm.ErrUnsupported, rpm.ErrNotSigned,
+	openpgp.ErrBadSignature, openpgp.ErrMalformed,
+}
+
+func expected(err error) bool {
+	return err == nil || slices.ContainsFunc(ourErrors, func(want error) bool { return errors.Is(err, want) })
+}
+
+// exercise does with b what is done with packages. It returns whether the signer was asked.
+func exercise(t testing.TB, b []byte) bool {
+	p, err := rpm.ReadPackage(bytes.NewReader(b), int64(len(b)))
+	if err != nil {
+		if p != nil || !expected(err) {
+			t.Errorf("ReadPackage: %v, and %v", err, p)
+		}
+		return false
+	}
+	_, err = p.Signatures()
+	if !expected(err) {
+		t.Errorf("Signatures: %v", err)
+	}
+	_, err = p.FileSignatures()
+	if !expected(err) {
+		t.Errorf("FileSignatures: %v", err)
+	}
+	_, err = p.Verify(ed().cert, true)
+	if !expected(err) {
+		t.Errorf("Verify: %v", err)
+	}
+	u, err := rpm.DeleteSignatures(p, true)
+	if err == nil {
+		_, err = rpm.ReadPackage(bytes.NewReader(apply(t, u, b)), u.Size())
+	}
+	if err != nil {
+		t.Errorf("DeleteSignatures: %v", err)
+	}
+	_, asked, err := trySign(b, ed(), rpm.Options{})
+	if !expected(err) {
+		t.Errorf("signing: %v", err)
+	}
+	return asked != 0
+}
+
+// mutate changes some bytes, most of them where they hurt: in the intros and the indexes.
+func mutate(r *rand.Rand, b []byte) []byte {
+	b = bytes.Clone(b)
+	at := headerOffset(b)
+	for range 1 + r.IntN(4) {
+		i := r.IntN(len(b))
+		switch r.IntN(8) {
+		case 0, 1:
+			i = 96 + r.IntN(16+16*8)
+		case 2, 3, 4:
+			i = at + r.IntN(16+16*40)
+		case 5:
+			i = r.IntN(at)
+		}
+		if i+4 > len(b) {
+			continue
+		}
+		switch r.IntN(4) {
+		case 0:
+			b[i] ^= 1 << r.IntN(8)
+		case 1:
+			b[i] = byte(r.IntN(256))
+		case 2:
+			edge := []uint32{0, 1, 0x7fffffff, 0x80000000, 0xffffffff, 0xfffffff0, uint32(len(b))}
+			binary.BigEndian.PutUint32(b[i&^3:], edge[r.IntN(len(edge))])
+		case 3:
+			binary.BigEndian.PutUint32(b[i&^3:], binary.BigEndian.Uint32(b[i&^3:])+uint32(r.IntN(64))-32)
+		}
+	}
+	if r.IntN(10) == 0 {
+		b = b[:r.IntN(len(b))]
+	}
+	return b
+}
+
+// 10,000 damaged packages: no panic, no memory for what they claim, and the signer is asked only for those whose header and
+// payload are still what they were.
+func TestMutations(t *testing.T) {
+	all := corpus(t)
+	seeds := [][]byte{
+		all["rpm3"], all["simple-1.0.1-1.i386.rpm"], all["test-1.0.0.x86_64.rpm"],
+		sign(t, all["empty-0.1-1.x86_64.rpm"], ed(), rpm.Options{Payload: true, OpenPGP: true}),
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	r := rand.New(rand.NewPCG(1, 2))
+	asked, most, total := 0, 0, 10000
+	for i := range total {
+		seed := seeds[i%len(seeds)]
+		b := mutate(r, seed)
+		most = max(most, len(b))
+		if !exercise(t, b) {
+			continue
+		}
+		asked++
+		intact := seed[headerOffset(seed):]
+		if !bytes.HasSuffix(b, intact) {
+			t.Fatalf("mutation %d: the signer was asked for a damaged package", i)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	if asked == 0 || asked > total/2 {
+		t.Errorf("the signer was asked for %d packages of %d", asked, total)
+	}
+	// Each is read twice and copied twice, with two buffers of 256 KiB, hashes and a certificate besides.
+	if each := (after.TotalAlloc - before.TotalAlloc) / uint64(total); each > 2<<20 {
+		t.Errorf("%d bytes allocated for a package of at most %d", each, most)
+	}
+}
+
+// A claim of a length beyond the file costs nothing.
+func TestClaims(t *testing.T) {
+	for _, field := range []int{104, 108, headerOffset(demo(t)) + 8, headerOffset(demo(t)) + 12} {
+		for _, v := range []uint32{0xffffffff, 0x7fffffff, 0x01ffff00, 0x0000ffff, 0} {
+			b := bytes.Clone(demo(t))
+			binary.BigEndian.PutUint32(b[field:], v)
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, err := rpm.ReadPackage(bytes.NewReader(b), int64(len(b)))
+			runtime.ReadMemStats(&after)
+			wantError(t, err, rpm.ErrMalformed)
+			if n := after.TotalAlloc - before.TotalAlloc; n > 1<<20 {
+				t.Errorf("%#x at %d: %d bytes allocated", v, field, n)
+			}
+		}
+	}
+}
+
+// zeros is a payload without end.
+type zeros struct{ head []byte }
+
+func (z zeros) ReadAt(b []byte, off int64) (int, error) {
+	clear(b)
+	if off < int64(len(z.head)) {
+		copy(b, z.head[off:])
+	}
+	return len(b), nil
+}
+
+// A package over 4 GiB, with the size in 64 bits, is signed without memory for it.
+func TestHuge(t *testing.T) {
+	const payload = 5 << 30
+	main := header(63, str(1000, "huge"), str(1001, "1"), str(1002, "1"), str(1022, "noarch"), str(1044, "huge-1-1.src.rpm"),
+		tag{5092, 8, 1, append([]byte(sha256Hex(nil)), 0)}, num(5093, 8))
+	size := binary.BigEndian.AppendUint64(nil, uint64(len(main))+payload)
+	// 270 is of eight bytes, and is here at an offset that is not a multiple of 8 if it were not for the padding.
+	sig := header(62, tag{270, 5, 1, size}, str(273, sha256Hex(main)), tag{1008, 7, 2000, make([]byte, 2000)})
+	z := zeros{pack(sig, main, nil)}
+	total := int64(len(z.head)) + payload
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	p, err := rpm.ReadPackage(z, total)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signing, err := rpm.Prepare(p, rsa2048().key, rpm.Options{NoPayloadCheck: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := signing.Sign(rsa2048().signer, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !u.InPlace() || u.Size() != total {
+		t.Errorf("in place %t, %d bytes", u.InPlace(), u.Size())
+	}
+	z.head = append(u.Prefix(), main...)
+	p, err = rpm.ReadPackage(z, total)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = p.Verify(rsa2048().cert, false)
+	if err != nil {
+		t.Errorf("Verify: %v", err)
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 4<<20 {
+		t.Errorf("%d bytes allocated", n)
+	}
+	_, err = rpm.ReadPackage(z, total-1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err = rpm.ReadPackage(z, total-1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantError(t, p.CheckDigests(false), rpm.ErrDigest)
+}
+
+// zerosSHA256 is of 256 MiB of zeros.
+const zerosSHA256 = "a6d72ac7690f53be6ae46ba88506bd97302a093f7108472bd9efc3cefda06484"
+
+// A payload of 256 MiB goes through a fixed buffer.
+func TestConstantMemory(t *testing.T) {
+	const payload = 256 << 20
+	main := header(63, str(1000, "large"), str(1001, "1"), str(1002, "1"), str(1022, "noarch"), str(1044, "large-1-1.src.rpm"),
+		tag{5092, 8, 1, append([]byte(zerosSHA256), 0)}, num(5093, 8))
+	z := zeros{pack(header(62, str(273, sha256Hex(main))), main, nil)}
+	p, err := rpm.ReadPackage(z, int64(len(z.head))+payload)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err = rpm.Prepare(p, rsa2048().key, rpm.Options{Payload: true})
+	runtime.ReadMemStats(&after)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := after.TotalAlloc - before.TotalAlloc; n > 1<<20 {
+		t.Errorf("%d bytes allocated", n)
+	}
+}
+
+// A reader's own error comes through.
+func TestReaderFails(t *testing.T) {
+	broken := errors.New("broken disk")
+	good := demo(t)
+	for limit := int64(0); limit < int64(len(good)); limit += 500 {
+		r := failing{bytes.NewReader(good), limit, broken}
+		p, err := rpm.ReadPackage(r, int64(len(good)))
+		if err == nil {
+			_, err = rpm.Prepare(p, ed().key, rpm.Options{})
+		}
+		wantError(t, err, broken)
+	}
+}
+
+type failing struct {
+	io.ReaderAt
+	limit int64
+	err   error
+}
+
+func (f failing) ReadAt(b []byte, off int64) (int, error) {
+	if off+int64(len(b)) > f.limit {
+		return 0, f.err
+	}
+	return f.ReaderAt.ReadAt(b, off)
+}
+
+func FuzzReadPackage(f *testing.F) {
+	n := 0
+	for _, b := range corpus(f) {
+		if len(b) < 100<<10 {
+			f.Add(b)
+			f.Add(sign(f, b, ed(), rpm.Options{OpenPGP: true}))
+			n++
+		}
+	}
+	if n < 13 {
+		f.Fatalf("%d seeds", n)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if exercise(t, b) {
+			u, _, err := trySign(b, ed(), rpm.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = open(t, apply(t, u, b)).Verify(ed().cert, true)
+			if err != nil {
+				t.Errorf("Verify of what was signed: %v", err)
+			}
+		}
+	})
+}
+
+func FuzzParseHeader(f *testing.F) {
+	n := 0
+	for _, b := range corpus(f) {
+		if len(b) < 100<<10 {
+			f.Add(b[headerOffset(b):])
+			n++
+		}
+	}
+	if n < 13 {
+		f.Fatalf("%d seeds", n)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		h, rest, err := rpm.ParseHeader(b)
+		if err != nil {
+			if h != nil || rest != nil || !expected(err) {
+				t.Errorf("got %v, and %v", err, h)
+			}
+			return
+		}
+		if !bytes.Equal(append(bytes.Clone(h.Bytes()), rest...), b) {
+			t.Error("header and rest are not what was read")
+		}
+	})
+}
