@@ -85,14 +85,20 @@ func newGateway(t testing.TB) *gateway {
 	return g
 }
 
-func initGateway(t testing.TB, dir string) *gateway {
+// freeAddress is an address of this machine that nothing listens on.
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &gateway{dir: dir, address: l.Addr().String()}
-	l.Close()
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func initGateway(t testing.TB, dir string) *gateway {
+	t.Helper()
+	g := &gateway{dir: dir, address: freeAddress(t)}
 	g.env = append(os.Environ(), "SIGNWARDEN_PROFILE="+g.profile("admin"), "PATH="+bin+":"+os.Getenv("PATH"))
 	g.must(t, "signwardend", "init", "--dir", dir, "--dev", "--listen", g.address)
 	return g

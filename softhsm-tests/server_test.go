@@ -285,7 +285,6 @@ func TestLocalAgents(t *testing.T) {
 	g.key(t, "other", "ed25519")
 	g.policy(t, `  - {name: local, principals: [local-builds], keys: [rel], may: [sign], formats: [openpgp], blind: true}
 `)
-	const nobody = 65534
 	home := shortDir(t)
 	socket := filepath.Join(home, "run", "S.gpg-agent")
 	yaml, err := os.ReadFile(g.dir + "/signwardend.yaml")
