@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -129,9 +130,13 @@ func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd str
 	}
 	defer g.unreserve(spec.Name)
 
-	k, err := g.generate(ctx, spec)
+	ids := spec.newIDs()
+	if _, err := g.c.Store.Commit(ctx, store.Change{Begin: ids}); err != nil {
+		return keys.Key{}, g.unrecorded(err)
+	}
+	k, err := g.generate(ctx, spec, ids)
 	if err != nil {
-		g.destroy(ctx, k)
+		g.destroy(ctx, ids)
 		g.log.Error("generating a key", "key", spec.Name, "error", err)
 		_, err = g.refuse(a.e, audit.Failed, tokenError(err), err.Error())
 		return keys.Key{}, err
@@ -144,18 +149,45 @@ func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd str
 
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	err = g.commit(ctx, a, store.Change{CreateKey: &k}, func(s *snapshot) bool { return s.keys.Get(k.Name) != nil })
+	// Asked again: the rules may have changed while the token worked.
+	d = g.snap.Load().rules.Allow(policy.Query{Principal: p.Name(), Key: spec.Name, Action: policy.Admin, Now: g.c.Now()})
+	if !d.Allowed {
+		g.destroy(ctx, ids)
+		return keys.Key{}, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
+	}
+	err = g.commit(ctx, a, store.Change{CreateKey: &k, Forget: pairIDs(ids)}, func(s *snapshot) bool { return s.keys.Get(k.Name) != nil })
 	if err != nil {
-		// Destroyed only where the store surely does not name it.
-		if s := g.snap.Load(); s.keys.Get(k.Name) == nil && errors.Is(err, sigerr.Conflict) {
-			g.destroy(ctx, k)
-		} else {
-			g.log.Error("a key was generated and may not be registered; if `signwarden key list` does not show it, delete it from the token",
-				"key", k.Name, "id", hex.EncodeToString(k.ID))
+		// Where the store could not be read back it is unknown whether the key is
+		// registered. If not, its pairs are pending, and the next start destroys them.
+		if !g.stale.Load() {
+			g.destroy(ctx, ids)
 		}
 		return keys.Key{}, err
 	}
 	return k, nil
+}
+
+// newIDs draws the CKA_IDs of the pairs that k needs: the signing pair's, and
+// with the subkey layout the primary's.
+func (k *KeySpec) newIDs() []store.Pending {
+	n := 1
+	if k.UserID != "" && k.Layout == keys.Subkey {
+		n = 2
+	}
+	ids := make([]store.Pending, n)
+	for i := range ids {
+		ids[i] = store.Pending{KeyName: k.Name, ID: make([]byte, 16)}
+		rand.Read(ids[i].ID)
+	}
+	return ids
+}
+
+func pairIDs(pairs []store.Pending) [][]byte {
+	out := make([][]byte, len(pairs))
+	for i, p := range pairs {
+		out[i] = p.ID
+	}
+	return out
 }
 
 // reserve keeps two acts from generating under one name at a time.
@@ -176,13 +208,13 @@ func (g *Gateway) unreserve(name string) {
 }
 
 // generate makes the pair, or with the subkey layout the two pairs, and the
-// certificate. On an error the key returned names what must be destroyed.
-func (g *Gateway) generate(ctx context.Context, spec KeySpec) (keys.Key, error) {
+// certificate.
+func (g *Gateway) generate(ctx context.Context, spec KeySpec, ids []store.Pending) (keys.Key, error) {
 	k := keys.Key{
 		Name: spec.Name, Algorithm: spec.Algorithm, State: keys.Enabled, Token: g.c.TokenLabel,
 		Created: g.c.Now().UTC().Truncate(time.Second),
 	}
-	signer, err := g.generatePair(ctx, spec.Name, spec.Algorithm)
+	signer, err := g.generatePair(ctx, spec.Name, ids[0].ID, spec.Algorithm)
 	if err != nil {
 		return k, err
 	}
@@ -197,7 +229,7 @@ func (g *Gateway) generate(ctx context.Context, spec KeySpec) (keys.Key, error) 
 		return k, err
 	}
 	// A label that no key name can have: '/' is not allowed in one.
-	primary, err := g.generatePair(ctx, spec.Name+"/certify", spec.Algorithm)
+	primary, err := g.generatePair(ctx, spec.Name+"/certify", ids[1].ID, spec.Algorithm)
 	if err != nil {
 		return k, err
 	}
@@ -210,9 +242,7 @@ func (g *Gateway) generate(ctx context.Context, spec KeySpec) (keys.Key, error) 
 	return k, err
 }
 
-func (g *Gateway) generatePair(ctx context.Context, label string, a keys.Algorithm) (*tokenSigner, error) {
-	id := make([]byte, 16)
-	rand.Read(id)
+func (g *Gateway) generatePair(ctx context.Context, label string, id []byte, a keys.Algorithm) (*tokenSigner, error) {
 	pub, err := g.c.Token.Generate(ctx, label, id, string(a))
 	if err != nil {
 		return nil, fmt.Errorf("generating %q: %w", label, err)
@@ -223,26 +253,35 @@ func (g *Gateway) generatePair(ctx context.Context, label string, a keys.Algorit
 	return &tokenSigner{ctx: ctx, token: g.c.Token, id: id, algorithm: a, public: pub}, nil
 }
 
-// destroy removes pairs that were generated and not registered. What it cannot
-// remove it names in the log; such a key is unreachable, since no name leads to it.
-func (g *Gateway) destroy(ctx context.Context, k keys.Key) {
-	ids := [][]byte{k.ID}
-	if k.OpenPGP != nil {
-		ids = append(ids, k.OpenPGP.PrimaryID)
-	}
-	for _, id := range ids {
-		if len(id) == 0 {
+// destroy removes pairs that were begun and are not registered, whether they were
+// made or not. What cannot be removed stays pending: the next start tries again,
+// and no name leads to it.
+func (g *Gateway) destroy(ctx context.Context, pairs []store.Pending) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), g.c.SignTimeout)
+	defer cancel()
+	var gone [][]byte
+	for _, p := range pairs {
+		err := g.c.Token.Delete(ctx, p.ID)
+		if missing, ok := errors.AsType[interface {
+			error
+			NotFound() bool
+		}](err); err == nil || ok && missing.NotFound() {
+			gone = append(gone, p.ID)
 			continue
 		}
-		if err := g.c.Token.Delete(context.WithoutCancel(ctx), id); err != nil {
-			g.log.Error("an unregistered key stays in the token; delete it there", "key", k.Name, "id", hex.EncodeToString(id), "error", err)
-		}
+		g.log.Error("an unregistered pair stays in the token until the next start", "key", p.KeyName, "id", hex.EncodeToString(p.ID), "error", err)
+	}
+	if len(gone) == 0 {
+		return
+	}
+	if _, err := g.c.Store.Commit(ctx, store.Change{Forget: gone}); err != nil {
+		g.log.Error("destroyed pairs stay listed as pending until the next start", "error", err)
 	}
 }
 
 // SetKeyState enables or disables a key. Needs an admin rule for it. When it
 // returns, no later request finds the old state. Setting the state that a key
-// is in does nothing and succeeds.
+// is in changes nothing, is recorded, and succeeds.
 func (g *Gateway) SetKeyState(ctx context.Context, p ident.Principal, frontEnd, name string, to keys.State) (keys.Key, error) {
 	a, err := g.begin(ctx, p, "key.state", name, frontEnd)
 	if err != nil {
@@ -262,6 +301,10 @@ func (g *Gateway) SetKeyState(ctx context.Context, p ident.Principal, frontEnd, 
 	}
 	a.e.KeyFingerprint = k.Fingerprint()
 	if k.State == to {
+		a.e.Outcome, a.e.Detail = audit.Done, "it is "+string(to)+" already"
+		if _, err := g.audit.Append(a.e); err != nil {
+			return keys.Key{}, g.unrecorded(err)
+		}
 		return k.Key, nil
 	}
 	if !k.State.CanBecome(to) {
@@ -374,7 +417,10 @@ func (g *Gateway) ApplyPolicy(ctx context.Context, p ident.Principal, frontEnd s
 	if d := g.snap.Load().rules.MayAdministerAll(p.Name(), a.e.Time); !d.Allowed {
 		return 0, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
 	}
-	err = g.commit(ctx, a, store.Change{Policy: source}, func(s *snapshot) bool { return string(s.source) == string(source) })
+	before := string(g.snap.Load().source)
+	err = g.commit(ctx, a, store.Change{Policy: source}, func(s *snapshot) bool {
+		return string(s.source) == string(source) && before != string(source)
+	})
 	if err != nil {
 		return 0, err
 	}
@@ -390,6 +436,21 @@ func (g *Gateway) Policy(ctx context.Context, p ident.Principal, frontEnd string
 	return a.s.source, nil
 }
 
+// checkQuery refuses what Sign would refuse before it asks the rules.
+func checkQuery(q policy.Query) error {
+	switch {
+	case q.Action != policy.Sign && q.Action != policy.Read && q.Action != policy.Admin:
+		return fmt.Errorf("%w: action %q is not sign, read or admin", sigerr.Invalid, q.Action)
+	case q.Action != policy.Sign:
+		return nil
+	case !slices.Contains(policy.Formats, q.Format):
+		return fmt.Errorf("%w: format %q is not one of %s", sigerr.Invalid, q.Format, strings.Join(policy.Formats, ", "))
+	case keys.Hashes[q.Hash] == 0:
+		return fmt.Errorf("%w: a digest of that hash is never signed; use SHA-256, SHA-384 or SHA-512", sigerr.Invalid)
+	}
+	return nil
+}
+
 // TestPolicy tells what the rules say to q, and for an administrator what each
 // rule says. A question about another principal needs an admin rule for every
 // key. Whether the key exists makes no difference to the answer.
@@ -399,6 +460,9 @@ func (g *Gateway) TestPolicy(ctx context.Context, p ident.Principal, frontEnd st
 	}
 	if len(q.Principal) > MaxClaim || len(q.Key) > MaxClaim || len(q.Action) > MaxClaim || len(q.Format) > MaxClaim {
 		return policy.Decision{}, nil, fmt.Errorf("%w: a principal, key, action or format has at most %d bytes", sigerr.Invalid, MaxClaim)
+	}
+	if err := checkQuery(q); err != nil {
+		return policy.Decision{}, nil, err
 	}
 	q.Now = g.c.Now()
 	s, err := g.current(ctx)

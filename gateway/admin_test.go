@@ -225,8 +225,8 @@ func TestSetKeyState(t *testing.T) {
 			changes++
 		}
 	}
-	if changes != 2 {
-		t.Errorf("%d changes in the audit log, want 2: the repeated one changed nothing", changes)
+	if changes != 3 {
+		t.Errorf("%d acts in the audit log, want 3: the one that changed nothing too", changes)
 	}
 }
 
@@ -336,5 +336,107 @@ rules:
 	}
 	if f.Token.Signs() != 0 || len(f.Store.Entries(t)) != rows {
 		t.Errorf("the token signed %d times, %d audit rows were added", f.Token.Signs(), len(f.Store.Entries(t))-rows)
+	}
+}
+
+// A key that the caller may no longer create when the token has made it is not
+// registered, and one of another algorithm neither; nothing stays in the token.
+func TestCreateKeyAskedAgain(t *testing.T) {
+	f := gatewaytest.New(t, gatewaytest.Policy+`
+  - {name: maker, principals: [alice], keys: ["*"], may: [admin]}
+`)
+	f.Token.OnGenerate = func(string) string {
+		if _, err := f.ApplyPolicy(t.Context(), f.Root, "test", []byte(gatewaytest.Policy)); err != nil {
+			t.Error(err)
+		}
+		return ""
+	}
+	_, err := f.CreateKey(t.Context(), gatewaytest.Principal(t, "alice"), "test", gateway.KeySpec{Name: "k", Algorithm: keys.Ed25519})
+	if !errors.Is(err, sigerr.Denied) || f.Token.Pairs() != 0 {
+		t.Errorf("got %v and %d pairs, want Denied and none", err, f.Token.Pairs())
+	}
+	f.Token.OnGenerate = func(string) string { return "p384" }
+	_, err = f.CreateKey(t.Context(), f.Root, "test", gateway.KeySpec{Name: "k", Algorithm: keys.P256})
+	if !errors.Is(err, sigerr.TokenFailed) || f.Token.Pairs() != 0 {
+		t.Errorf("another algorithm: got %v and %d pairs, want a token failure and none", err, f.Token.Pairs())
+	}
+}
+
+// Applying the rules in force while the store fails is no success.
+func TestApplySamePolicyUnrecorded(t *testing.T) {
+	f := gatewaytest.New(t, "")
+	f.Store.SetFail(func(store.Change) (error, error) { return errors.New("disk full"), nil }, nil)
+	if _, err := f.ApplyPolicy(t.Context(), f.Root, "test", []byte(gatewaytest.Policy)); !errors.Is(err, sigerr.Unavailable) {
+		t.Errorf("got %v, want Unavailable", err)
+	}
+}
+
+// A question that Sign would not put to the rules is not answered by them.
+func TestPolicyQuestions(t *testing.T) {
+	f := gatewaytest.New(t, "")
+	good := policy.Query{Principal: "root", Key: "k", Action: policy.Sign, Format: "rpm", Blind: true, Hash: "sha256"}
+	for _, change := range []func(*policy.Query){
+		func(q *policy.Query) { q.Format = "nonsense" },
+		func(q *policy.Query) { q.Hash = "" },
+		func(q *policy.Query) { q.Hash = "sha1" },
+		func(q *policy.Query) { q.Action = "own" },
+		func(q *policy.Query) { q.Key = strings.Repeat("k", 2000) },
+	} {
+		q := good
+		change(&q)
+		if _, _, err := f.TestPolicy(t.Context(), f.Root, "test", q); !errors.Is(err, sigerr.Invalid) {
+			t.Errorf("%+v: got %v, want Invalid", q, err)
+		}
+	}
+}
+
+// A gateway that was cut off while it made a key: the next one destroys what
+// was made, records it, and the name is free.
+func TestCreateKeyCutOff(t *testing.T) {
+	boom := errors.New("disk full")
+	f := gatewaytest.New(t, "")
+	f.Store.SetFail(func(c store.Change) (error, error) {
+		if c.CreateKey != nil {
+			return boom, nil
+		}
+		return nil, nil
+	}, nil)
+	// Known not to be registered: undone at once.
+	spec := gateway.KeySpec{Name: "k", Algorithm: keys.Ed25519, UserID: "A"}
+	if _, err := f.CreateKey(t.Context(), f.Root, "test", spec); !errors.Is(err, sigerr.Unavailable) {
+		t.Fatalf("got %v, want Unavailable", err)
+	}
+	if f.Token.Pairs() != 0 || len(f.Store.State.Pending) != 0 {
+		t.Errorf("%d pairs and %d pending ones stay", f.Token.Pairs(), len(f.Store.State.Pending))
+	}
+	// Not known: they stay, and are pending.
+	f.Store.SetFail(func(c store.Change) (error, error) {
+		if c.CreateKey != nil {
+			f.Store.LoadError = boom
+			return boom, nil
+		}
+		return nil, nil
+	}, nil)
+	if _, err := f.CreateKey(t.Context(), f.Root, "test", spec); !errors.Is(err, sigerr.Unavailable) {
+		t.Fatalf("got %v, want Unavailable", err)
+	}
+	if f.Token.Pairs() != 2 || len(f.Store.State.Pending) != 2 {
+		t.Fatalf("%d pairs and %d pending ones, want 2 of each", f.Token.Pairs(), len(f.Store.State.Pending))
+	}
+	f.Store.SetFail(nil, nil)
+	f.Close()
+	g, err := gateway.New(t.Context(), gateway.Config{Store: f.Store, Token: f.Token, Certify: gatewaytest.Certify})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	if f.Token.Pairs() != 0 || len(f.Store.State.Pending) != 0 {
+		t.Errorf("after a start %d pairs and %d pending ones stay", f.Token.Pairs(), len(f.Store.State.Pending))
+	}
+	if e := f.Store.Last(t); e.Action != "key.create" || e.Outcome != audit.Failed || e.Key != "k" || !strings.Contains(e.Reason, "cut off") {
+		t.Errorf("audit entry %+v", e)
+	}
+	if _, err := g.CreateKey(t.Context(), f.Root, "test", spec); err != nil {
+		t.Errorf("the name is not free: %v", err)
 	}
 }

@@ -98,6 +98,45 @@ func (o *overRate) Error() string {
 func (o *overRate) Unwrap() error             { return sigerr.Overloaded }
 func (o *overRate) RetryAfter() time.Duration { return o.wait }
 
+// The denials of one caller that are recorded: so many at once, and then so many
+// a second.
+const (
+	denialBurst = 1000
+	denialRate  = 20
+)
+
+// denials bounds the recorded denials of each principal. Principals come from
+// certificates and configuration, so they are as many as those.
+type denials struct {
+	mu sync.Mutex // guards of; held for a look-up
+	of map[string]*denied
+}
+
+type denied struct {
+	limit   *rate.Limiter
+	dropped int // since the last that was recorded
+}
+
+func newDenials() *denials { return &denials{of: map[string]*denied{}} }
+
+// take reports whether a denial is to be recorded, and how many were not since
+// the last that was.
+func (d *denials) take(principal string, now time.Time) (dropped int, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	p := d.of[principal]
+	if p == nil {
+		p = &denied{limit: rate.NewLimiter(denialRate, denialBurst)}
+		d.of[principal] = p
+	}
+	if !p.limit.AllowN(now, 1) {
+		p.dropped++
+		return 0, false
+	}
+	dropped, p.dropped = p.dropped, 0
+	return dropped, true
+}
+
 // Idempotency ids are remembered for dedupFor, but no more than dedupMax of
 // them in each of two generations: at 700 bytes for RSA-4096 that is 180 MiB at
 // the very worst. Beyond that rate the oldest are forgotten early, and a retry of

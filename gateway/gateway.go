@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -57,6 +58,8 @@ type Gateway struct {
 	audit *audit.Log
 	dedup *dedup
 	gate  *gate
+
+	denials *denials
 
 	// snap is what requests are decided on. It is replaced as a whole, under
 	// admin, when an administrator acts; a request that loads it afterwards
@@ -109,6 +112,7 @@ func New(ctx context.Context, c Config) (*Gateway, error) {
 		log:      c.Logger,
 		dedup:    newDedup(c.Now),
 		gate:     newGate(c.MaxInFlight, c.MaxPerPrincipal),
+		denials:  newDenials(),
 		creating: map[string]bool{},
 	}
 	if err := g.reload(ctx); err != nil {
@@ -117,7 +121,32 @@ func New(ctx context.Context, c Config) (*Gateway, error) {
 	g.audit = audit.New(func(ctx context.Context, entries [][]byte) (int64, error) {
 		return c.Store.Commit(ctx, store.Change{Audit: entries})
 	})
+	if err := g.cleanUp(ctx); err != nil {
+		g.Close()
+		return nil, err
+	}
 	return g, nil
+}
+
+// cleanUp destroys what a gateway that was cut off had made of keys and not
+// registered, and records it.
+func (g *Gateway) cleanUp(ctx context.Context) error {
+	st, err := g.c.Store.Load(ctx)
+	if err != nil || len(st.Pending) == 0 {
+		return err
+	}
+	g.log.Warn("the gateway was cut off while it made a key; what it made is destroyed", "key", st.Pending[0].KeyName, "pairs", len(st.Pending))
+	g.destroy(ctx, st.Pending)
+	for _, p := range st.Pending {
+		_, err := g.audit.Append(audit.Entry{
+			Time: g.c.Now(), Action: "key.create", Outcome: audit.Failed, Principal: "signwardend", FrontEnd: "start", Key: p.KeyName,
+			Reason: "the gateway was cut off before the key was registered", Detail: fmt.Sprintf("destroying the pair with id %x", p.ID),
+		})
+		if err != nil {
+			return g.unrecorded(err)
+		}
+	}
+	return nil
 }
 
 // Close waits for records under way. Requests that come after are refused.
@@ -184,17 +213,16 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 	if err := p.Check(now); err != nil {
 		return Signature{}, err // nobody has asked: there is nothing to record
 	}
-	e := r.entry(p, now)
-	if err := r.check(); err != nil {
-		return g.refuse(e, audit.Denied, err, err.Error())
-	}
 	leave, err := g.gate.enter(p.Name())
 	if err != nil {
 		// Not recorded: a flood of refusals must not become a flood of commits.
 		return Signature{}, err
 	}
 	defer leave()
-
+	e := r.entry(p, now)
+	if err := r.check(); err != nil {
+		return g.refuse(e, audit.Denied, err, err.Error())
+	}
 	s, err := g.current(ctx)
 	if err != nil {
 		return Signature{}, err
@@ -246,8 +274,11 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, e audi
 	}
 	// An administrator may have acted while the token worked: what is no longer
 	// allowed is not released.
-	if g.snap.Load() != s {
-		_, _, err := g.snap.Load().decide(p, r, g.c.Now())
+	if g.stale.Load() || g.snap.Load() != s {
+		now, err := g.current(context.WithoutCancel(ctx))
+		if err == nil {
+			_, _, err = now.decide(p, r, g.c.Now())
+		}
 		if err != nil {
 			return g.refuse(e, audit.Denied, public(err), err.Error()+" (changed while the token worked)")
 		}
@@ -263,8 +294,19 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, e audi
 
 // refuse records why there is no signature and returns err for the caller. If it
 // cannot be recorded the caller is told that instead, and learns nothing else.
+// Denials beyond a rate are not recorded one by one, and told as Overloaded: who
+// may do nothing must not be able to fill the disk that everybody's records need.
 func (g *Gateway) refuse(e audit.Entry, o audit.Outcome, err error, reason string) (Signature, error) {
 	e.Outcome, e.Reason = o, clip(reason)
+	if o == audit.Denied {
+		dropped, ok := g.denials.take(e.Principal, g.c.Now())
+		if !ok {
+			return Signature{}, fmt.Errorf("%w: too many of yours were denied", sigerr.Overloaded)
+		}
+		if dropped > 0 {
+			e.Detail = strings.TrimPrefix(fmt.Sprintf("%s; %d denials before this one were not recorded", e.Detail, dropped), "; ")
+		}
+	}
 	if _, aerr := g.audit.Append(e); aerr != nil {
 		return Signature{}, g.unrecorded(aerr)
 	}

@@ -513,3 +513,87 @@ func TestSignTimeout(t *testing.T) {
 		f.Close()
 	})
 }
+
+// The same id of another principal, or for another format, is another request.
+func TestIdempotencyIsOfOnePrincipal(t *testing.T) {
+	f := gatewaytest.New(t, gatewaytest.Policy+`
+  - {name: both, principals: [alice, bob], keys: [k], may: [sign], formats: ["*"], blind: true}
+`)
+	f.Key(t, "k", keys.P256)
+	r := gatewaytest.Request("k", "text")
+	r.ID = "id"
+	var sigs []gateway.Signature
+	for _, who := range []string{"alice", "bob"} {
+		sig, err := f.Sign(t.Context(), gatewaytest.Principal(t, who), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sigs = append(sigs, sig)
+	}
+	if string(sigs[0].Bytes) == string(sigs[1].Bytes) || sigs[0].AuditRow == sigs[1].AuditRow {
+		t.Error("bob got alice's signature")
+	}
+	r.Format = "rpm"
+	if _, err := f.Sign(t.Context(), gatewaytest.Principal(t, "alice"), r); !errors.Is(err, sigerr.Conflict) {
+		t.Errorf("the same id for another format: got %v, want Conflict", err)
+	}
+}
+
+// A change that was stored and could not be read while the token worked: the
+// signature is not released.
+func TestStaleWhileSigning(t *testing.T) {
+	boom := errors.New("disk")
+	f := gatewaytest.New(t, "")
+	f.Key(t, "k", keys.Ed25519)
+	f.Token.Before = func(context.Context, []byte) error {
+		f.Store.SetFail(func(store.Change) (error, error) { return nil, boom }, boom)
+		if _, err := f.SetKeyState(t.Context(), f.Root, "test", "k", keys.Disabled); !errors.Is(err, sigerr.Unavailable) {
+			t.Errorf("disabling: got %v, want Unavailable", err)
+		}
+		f.Store.SetFail(nil, nil)
+		return nil
+	}
+	sig, err := f.Sign(t.Context(), f.Root, gatewaytest.Request("k", "text"))
+	if !errors.Is(err, sigerr.Disabled) || sig.Bytes != nil {
+		t.Errorf("got %x, %v; want no signature, and Disabled", sig.Bytes, err)
+	}
+}
+
+// One who may do nothing cannot fill the log, and others do not notice.
+func TestDenialsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := gatewaytest.New(t, twoTeams)
+		f.Key(t, "a-1", keys.Ed25519)
+		mallory := gatewaytest.Principal(t, "mallory")
+		before, told := len(f.Store.Entries(t)), 0
+		for range 5000 {
+			r := gatewaytest.Request("a-1", "text")
+			r.Claim.Note = strings.Repeat("\x01", 4096)
+			_, err := f.Sign(t.Context(), mallory, r)
+			switch {
+			case errors.Is(err, sigerr.Overloaded):
+				told++
+			case !errors.Is(err, sigerr.NotFound):
+				t.Fatal(err)
+			}
+		}
+		rows := len(f.Store.Entries(t)) - before
+		if rows < 1000 || rows > 1100 || rows+told != 5000 {
+			t.Errorf("5000 denials left %d rows, and %d were told of overload", rows, told)
+		}
+		if n := len(f.Store.Last(t).Canonical()); n > 8<<10 {
+			t.Errorf("an entry has %d bytes", n)
+		}
+		if _, err := f.Sign(t.Context(), gatewaytest.Principal(t, "alice"), gatewaytest.Request("a-1", "text")); err != nil {
+			t.Errorf("alice: %v", err)
+		}
+		time.Sleep(time.Minute)
+		if _, err := f.Sign(t.Context(), mallory, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.NotFound) {
+			t.Errorf("a minute later: got %v, want NotFound", err)
+		}
+		if e := f.Store.Last(t); !strings.Contains(e.Detail, "denials before this one were not recorded") {
+			t.Errorf("audit entry %+v does not tell of the others", e)
+		}
+		f.Close()
+	})
+}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/signwarden/signwarden/gateway/audit"
@@ -92,8 +93,16 @@ func (r *Request) entry(p ident.Principal, now time.Time) audit.Entry {
 	}
 }
 
-// clip cuts s to MaxClaim bytes, at a rune's edge.
+// clip cuts s to MaxClaim bytes, at a rune's edge, and puts U+FFFD for control
+// characters, which the log would write with six bytes each.
 func clip(s string) string {
+	s = s[:min(len(s), 2*MaxClaim)]
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return utf8.RuneError
+		}
+		return r
+	}, s)
 	if len(s) <= MaxClaim {
 		return s
 	}

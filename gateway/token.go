@@ -28,6 +28,7 @@ type Token interface {
 	// Generate makes a pair that cannot be exported; algorithm is a keys.Algorithm.
 	Generate(ctx context.Context, label string, id []byte, algorithm string) (crypto.PublicKey, error)
 	// Delete destroys a pair: one that Generate made and that was not registered.
+	// Where there is none the error has the method NotFound() bool.
 	Delete(ctx context.Context, id []byte) error
 }
 

@@ -19,7 +19,9 @@ import (
 	"github.com/signwarden/signwarden/gateway/store"
 )
 
-func subject(cn string) pkix.Name { return pkix.Name{CommonName: cn, Organization: []string{"Example"}} }
+func subject(cn string) pkix.Name {
+	return pkix.Name{CommonName: cn, Organization: []string{"Example"}}
+}
 
 func TestCertifyKey(t *testing.T) {
 	f := gatewaytest.New(t, "")

@@ -9,15 +9,20 @@ import (
 
 var (
 	// ErrNotFound: the token holds no key with this id.
-	ErrNotFound = errors.New("no such key in the token")
+	ErrNotFound error = notFoundError{}
 	// ErrExists: the id or the label is taken by another object of the token.
 	ErrExists error = existsError{}
 	// ErrClosed: the pool was closed.
 	ErrClosed = errors.New("token pool is closed")
 )
 
-// existsError is the type of ErrExists: callers that cannot import this package
-// tell it by its method.
+// The types of ErrNotFound and ErrExists: callers that cannot import this package
+// tell them by their methods.
+type notFoundError struct{}
+
+func (notFoundError) Error() string  { return "no such key in the token" }
+func (notFoundError) NotFound() bool { return true }
+
 type existsError struct{}
 
 func (existsError) Error() string { return "id or label is taken in the token" }

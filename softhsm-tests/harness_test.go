@@ -28,7 +28,7 @@ var bin string
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
-	for _, tool := range []string{"gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq"} {
+	for _, tool := range []string{"gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq", "openssl", "sqlite3"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			fmt.Fprintf(os.Stderr, "%v: run softhsm-tests/install-deps.sh\n", err)
 			return 1
@@ -285,4 +285,15 @@ func softhsmModule(t testing.TB) string {
 	}
 	t.Fatal("SoftHSM2's module is not installed: run softhsm-tests/install-deps.sh")
 	return ""
+}
+
+// pkcs11 runs pkcs11-tool on the gateway's token, as other software would see it.
+func (g *gateway) pkcs11(t testing.TB, args ...string) string {
+	t.Helper()
+	pin, err := os.ReadFile(g.dir + "/token/user.pin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := append(os.Environ(), "SOFTHSM2_CONF="+g.dir+"/token/softhsm2.conf", "PIN="+strings.TrimSpace(string(pin)))
+	return mustEnv(t, env, "pkcs11-tool", append([]string{"--module", softhsmModule(t), "--token-label", "signwarden-dev", "--login", "--pin", "env:PIN"}, args...)...)
 }

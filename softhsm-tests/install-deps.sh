@@ -22,6 +22,8 @@ need git git git
 need gcc gcc gcc
 need pkcs11-tool opensc opensc
 need sq sq sequoia-sq
+need openssl openssl openssl
+need sqlite3 sqlite3 sqlite
 
 [ -n "$missing_deb" ] || exit 0
 if [ "$(id -u)" != 0 ]; then

@@ -363,16 +363,7 @@ func TestTokenSeenByOthers(t *testing.T) {
 	show := g.must(t, "signwarden", "key", "show", "rel", "-o", "json")
 	_, after, _ := strings.Cut(show, `"token_id": "`)
 	id := after[:32]
-	pin, err := os.ReadFile(g.dir + "/token/user.pin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	env := append(os.Environ(), "SOFTHSM2_CONF="+g.dir+"/token/softhsm2.conf", "PIN="+strings.TrimSpace(string(pin)))
-	tool := func(args ...string) string {
-		t.Helper()
-		return mustEnv(t, env, "pkcs11-tool", append([]string{"--module", softhsmModule(t), "--token-label", "signwarden-dev", "--login", "--pin", "env:PIN"}, args...)...)
-	}
-	list := tool("--list-objects", "--type", "privkey")
+	list := g.pkcs11(t, "--list-objects", "--type", "privkey")
 	for _, want := range []string{"label:      rel\n", "label:      rel/certify\n", id, "sensitive, always sensitive, never extractable, local", "Usage:      sign\n"} {
 		if !strings.Contains(list, want) {
 			t.Errorf("pkcs11-tool does not list %q:\n%s", want, list)
@@ -380,7 +371,7 @@ func TestTokenSeenByOthers(t *testing.T) {
 	}
 	dir := t.TempDir()
 	writeFile(t, dir+"/data", "to be signed")
-	tool("--sign", "--mechanism", "SHA256-RSA-PKCS", "--id", id, "--input-file", dir+"/data", "--output-file", dir+"/sig")
+	g.pkcs11(t, "--sign", "--mechanism", "SHA256-RSA-PKCS", "--id", id, "--input-file", dir+"/data", "--output-file", dir+"/sig")
 	writeFile(t, dir+"/pub.pem", g.must(t, "signwarden", "key", "export", "rel", "--format", "spki"))
 	if out := mustEnv(t, os.Environ(), "openssl", "dgst", "-sha256", "-verify", dir+"/pub.pem", "-signature", dir+"/sig", dir+"/data"); !strings.Contains(out, "Verified OK") {
 		t.Errorf("openssl: %s", out)

@@ -177,8 +177,8 @@ func (b *bulk) readList() ([]string, error) {
 }
 
 // run signs the files. SIGINT or SIGTERM starts no more, and lets what is under
-// way finish; a second one gives up on it. An error with one file does not stop
-// the others.
+// way finish; a second one, or the first where there is one file, gives up on it;
+// a third ends the program. An error with one file does not stop the others.
 func (b *bulk) run(ctx context.Context, files []string, sign func(ctx context.Context, file string) (output string, err error)) error {
 	var err error
 	b.journal, err = openJournal(b.resume)
@@ -215,8 +215,9 @@ func (b *bulk) run(ctx context.Context, files []string, sign func(ctx context.Co
 		case <-finished:
 			waiting = false
 		case <-signals:
-			if interrupted {
+			if interrupted || len(files) == 1 {
 				cancel()
+				signal.Stop(signals)
 			}
 			interrupted = true
 		}
@@ -242,6 +243,48 @@ func (b *bulk) one(ctx context.Context, file string, sign func(context.Context, 
 	}
 	b.tell(outcome{File: file, Status: "signed", Output: output}, nil)
 }
+
+// untilDone is a reader of a file that gives up with ctx: reading has no other
+// end where the file has none, or where nobody writes to it.
+type untilDone struct {
+	ctx context.Context
+	f   *os.File
+}
+
+func (u untilDone) Read(b []byte) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, errInterrupted
+	}
+	if info, err := u.f.Stat(); err == nil && info.Mode().IsRegular() {
+		return u.f.Read(b)
+	}
+	// A read of a pipe or terminal cannot be called off: it is left behind, with a
+	// buffer of its own, and the program ends under it.
+	type read struct {
+		n   int
+		err error
+	}
+	own, done := make([]byte, len(b)), make(chan read, 1)
+	go func() {
+		n, err := u.f.Read(own)
+		done <- read{n, err}
+	}()
+	select {
+	case r := <-done:
+		return copy(b, own[:r.n]), r.err
+	case <-u.ctx.Done():
+		return 0, errInterrupted
+	}
+}
+
+func (u untilDone) ReadAt(b []byte, off int64) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, errInterrupted
+	}
+	return u.f.ReadAt(b, off)
+}
+
+var errInterrupted = errors.New("interrupted")
 
 // waiting is a signer whose caller gives its job's place away while the gateway
 // works.

@@ -61,15 +61,14 @@ func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err er
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGCONT)
 	defer signal.Stop(signals)
-	ctx = context.WithoutCancel(ctx)
 
 	session, err := c.Session(ctx, "openpgp")
 	if err != nil {
-		return err
+		return pending(signals, err)
 	}
 	certs, err := certificates(ctx, c)
 	if err != nil {
-		return err
+		return pending(signals, err)
 	}
 	home, err := newGnuPGHome()
 	if err != nil {
@@ -85,6 +84,9 @@ func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err er
 	}
 	defer func() { err = errors.Join(err, agent.stop()) }()
 
+	if err := pending(signals, nil); err != nil {
+		return err // a command that nobody wants any more is not begun
+	}
 	cmd := exec.Command(program, a.forRPM(argv)[1:]...)
 	cmd.Args[0] = argv[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = a.in, os.Stdout, os.Stderr
@@ -94,6 +96,21 @@ func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err er
 		return silent(exitNotExecutable)
 	}
 	return wait(cmd, signals, a.in)
+}
+
+// pending returns the exit code of a signal that asked us to end while there was
+// no command yet, and else err.
+func pending(signals <-chan os.Signal, err error) error {
+	for {
+		select {
+		case s := <-signals:
+			if n, ok := s.(unix.Signal); ok && slices.Contains([]unix.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT}, n) {
+				return silent(exitSignal + int(n))
+			}
+		default:
+			return err
+		}
+	}
 }
 
 // wait passes signals on until the command has ended. On a terminal SIGINT and

@@ -26,6 +26,8 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	// The first signal asks a command to end; the second ends the program.
+	context.AfterFunc(ctx, stop)
 	err := exit.Execute(ctx, newRoot(os.Stdin, os.Stdout, os.Stderr))
 	stop()
 	if s, ok := errors.AsType[silent](err); ok {

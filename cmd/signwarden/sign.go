@@ -180,13 +180,13 @@ func (j *openpgpJob) sign(ctx context.Context, args []string) error {
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
 			signer := waiting{c.Signer(ctx, k.Key, "openpgp", client.Claim{File: filepath.Base(file)}), &j.bulk}
-			return j.signFile(k.pgp, signer, file, openpgp.SignOptions{Armor: j.armor, Hash: hash})
+			return j.signFile(ctx, k.pgp, signer, file, openpgp.SignOptions{Armor: j.armor, Hash: hash})
 		})
 	})
 }
 
 // signFile makes one signature and returns where it is.
-func (j *openpgpJob) signFile(key openpgp.Key, signer crypto.Signer, file string, o openpgp.SignOptions) (string, error) {
+func (j *openpgpJob) signFile(ctx context.Context, key openpgp.Key, signer crypto.Signer, file string, o openpgp.SignOptions) (string, error) {
 	suffix := ".sig"
 	if j.armor || j.clearsign {
 		suffix = ".asc"
@@ -196,16 +196,16 @@ func (j *openpgpJob) signFile(key openpgp.Key, signer crypto.Signer, file string
 		out = cmp.Or(j.output, "-")
 	} else {
 		var err error
-		if in, err = openRegular(file); err != nil {
+		if in, err = openInput(file); err != nil {
 			return "", err
 		}
 		defer in.Close()
 	}
 	write := func(w io.Writer) error {
 		if j.clearsign {
-			return openpgp.ClearSign(w, in, key, signer, o)
+			return openpgp.ClearSign(w, untilDone{ctx, in}, key, signer, o)
 		}
-		return openpgp.DetachSign(w, in, key, signer, o)
+		return openpgp.DetachSign(w, untilDone{ctx, in}, key, signer, o)
 	}
 	if out == "-" {
 		return out, write(j.a.out)
@@ -213,8 +213,8 @@ func (j *openpgpJob) signFile(key openpgp.Key, signer crypto.Signer, file string
 	return out, writeWhole(out, j.replace, write)
 }
 
-// openRegular opens a file to be read to its end.
-func openRegular(path string) (*os.File, error) {
+// openInput opens what is to be read to its end: a file, pipe or device.
+func openInput(path string) (*os.File, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("cannot be read: %w", errors.Unwrap(err))
@@ -259,5 +259,12 @@ func writeWhole(path string, replace bool, write func(io.Writer) error) (err err
 	if err := tmp.Close(); err != nil {
 		return fmt.Errorf("the signature cannot be written: %w", err)
 	}
-	return os.Rename(tmp.Name(), path)
+	if replace {
+		return os.Rename(tmp.Name(), path)
+	}
+	// Not a rename: what somebody else has made there meanwhile is not ours to replace.
+	if err := os.Link(tmp.Name(), path); err != nil {
+		return fmt.Errorf("the signature cannot be written: %w", err)
+	}
+	return os.Remove(tmp.Name())
 }

@@ -94,7 +94,7 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 			if j.ima != "" {
 				fileSigner = waiting{c.Signer(ctx, ima, "ima", claim), &j.bulk}
 			}
-			return j.signFile(file, k, fileSigner, func(nevra string) crypto.Signer {
+			return j.signFile(ctx, file, k, fileSigner, func(nevra string) crypto.Signer {
 				claim.NEVRA = nevra
 				return waiting{c.Signer(ctx, k.Key, "rpm", claim), &j.bulk}
 			})
@@ -103,8 +103,8 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 }
 
 // signFile signs one package and returns where it is.
-func (j *rpmJob) signFile(file string, k openpgpKey, ima crypto.Signer, signer func(nevra string) crypto.Signer) (string, error) {
-	update, err := j.prepare(file, k, ima, signer)
+func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, ima crypto.Signer, signer func(nevra string) crypto.Signer) (string, error) {
+	update, err := j.prepare(ctx, file, k, ima, signer)
 	if err != nil {
 		return "", err
 	}
@@ -120,11 +120,11 @@ func (j *rpmJob) signFile(file string, k openpgpKey, ima crypto.Signer, signer f
 
 // prepare reads a package and has it signed; the file is not changed, but for
 // what an earlier run has left unfinished.
-func (j *rpmJob) prepare(file string, k openpgpKey, ima crypto.Signer, signer func(string) crypto.Signer) (*rpm.Update, error) {
+func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, ima crypto.Signer, signer func(string) crypto.Signer) (*rpm.Update, error) {
 	if _, err := rpm.Recover(file, j.file); err != nil {
 		return nil, rpmHint(err)
 	}
-	f, err := openRegular(file)
+	f, err := openInput(file)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +133,7 @@ func (j *rpmJob) prepare(file string, k openpgpKey, ima crypto.Signer, signer fu
 	if err != nil {
 		return nil, err
 	}
-	p, err := rpm.ReadPackage(f, info.Size())
+	p, err := rpm.ReadPackage(untilDone{ctx, f}, info.Size())
 	if err != nil {
 		return nil, err
 	}

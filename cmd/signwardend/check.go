@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/gateway/audit"
 	"github.com/signwarden/signwarden/gateway/config"
 	"github.com/signwarden/signwarden/gateway/grpcapi"
 	"github.com/signwarden/signwarden/gateway/keys"
@@ -111,7 +112,32 @@ func (r *report) store(ctx context.Context, c config.Store) (store.State, bool) 
 		n = rules.Len()
 	}
 	r.result("policy", err, "%d rules", n)
+	rows, err := readAudit(ctx, s)
+	r.result("audit log", err, "%d rows without a gap", rows)
+	if len(state.Pending) > 0 {
+		fmt.Fprintf(r.out, "note  %-14s %q was being made and is not registered: it is under way, or the next start destroys it\n", "key", state.Pending[0].KeyName)
+	}
 	return state, true
+}
+
+// readAudit reads the whole log: every row is there, and in canonical form.
+func readAudit(ctx context.Context, s store.Store) (rows int64, err error) {
+	const page = 10_000
+	for {
+		_, entries, err := s.Audit(ctx, rows, page)
+		if err != nil {
+			return rows, err
+		}
+		for i, e := range entries {
+			if _, err := audit.Parse(e); err != nil {
+				return rows, fmt.Errorf("row %d: %w", rows+int64(i), err)
+			}
+		}
+		rows += int64(len(entries))
+		if len(entries) < page {
+			return rows, nil
+		}
+	}
 }
 
 func (r *report) token(ctx context.Context, c config.Token, state store.State, stored bool) {

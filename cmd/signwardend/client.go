@@ -42,6 +42,12 @@ func clientCreate(d *dirFlags, name, address string, life time.Duration) error {
 	if err != nil {
 		return err
 	}
+	for _, agent := range conf.Agents {
+		if agent.Principal == name {
+			return exit.Hint(fmt.Errorf("%q is the principal of the local users of %s; a certificate of that name would be them", name, agent.GPGSocket),
+				"choose another name")
+		}
+	}
 	dir := d.dir
 	if dir == "" {
 		dir = filepath.Dir(d.config)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
@@ -186,6 +187,9 @@ func (f *initFlags) ask(in *os.File, out io.Writer) error {
 // undo removes what is in it by then, and the directory if it was made here.
 func makeDir(dir string) (undo func(), err error) {
 	made := false
+	if err := ownDir(dir); err != nil {
+		return nil, err
+	}
 	entries, err := os.ReadDir(dir)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
@@ -211,6 +215,27 @@ func makeDir(dir string) (undo func(), err error) {
 			os.Remove(dir)
 		}
 	}, nil
+}
+
+// ownDir refuses a directory that somebody else could change: who can rename in
+// it can put a CA of his own into it. A missing one is fine.
+func ownDir(dir string) error {
+	var st unix.Stat_t
+	err := unix.Lstat(dir, &st)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return nil
+	case err != nil:
+		return &os.PathError{Op: "lstat", Path: dir, Err: err}
+	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
+		return exit.UsageError("%s is no directory, or a symbolic link to one", dir)
+	case int(st.Uid) != os.Geteuid():
+		return exit.Hint(fmt.Errorf("%s belongs to uid %d, who could change what is in it", dir, st.Uid),
+			"run this as that user, or choose another --dir")
+	case st.Mode&0o022 != 0:
+		return exit.Hint(fmt.Errorf("%s can be written by others", dir), "chmod go-w %s, or choose another --dir", dir)
+	}
+	return nil
 }
 
 const devLabel = "signwarden-dev"

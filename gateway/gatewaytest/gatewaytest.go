@@ -3,6 +3,8 @@
 package gatewaytest
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -16,6 +18,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/big"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -118,6 +121,9 @@ type Token struct {
 	// instead of one. After may change what is returned.
 	Before func(ctx context.Context, id []byte) error
 	After  func(sig []byte) []byte
+	// OnGenerate, where set, runs before a pair is made; it may name another
+	// algorithm to use instead.
+	OnGenerate func(algorithm string) string
 	// DeleteError is returned by Delete where set.
 	DeleteError error
 }
@@ -141,6 +147,9 @@ func (k *Token) Pairs() int {
 
 // Generate implements gateway.Token.
 func (k *Token) Generate(_ context.Context, _ string, id []byte, algorithm string) (crypto.PublicKey, error) {
+	if k.OnGenerate != nil {
+		algorithm = cmp.Or(k.OnGenerate(algorithm), algorithm)
+	}
 	var s crypto.Signer
 	var err error
 	switch keys.Algorithm(algorithm) {
@@ -285,6 +294,9 @@ func (s *Store) Commit(_ context.Context, c store.Change) (int64, error) {
 			}
 		}
 	}
+	s.State.Pending = append(slices.DeleteFunc(slices.Clone(s.State.Pending), func(p store.Pending) bool {
+		return slices.ContainsFunc(c.Forget, func(id []byte) bool { return bytes.Equal(id, p.ID) })
+	}), c.Begin...)
 	if c.SetX509 != nil {
 		for i := range s.State.Keys {
 			if s.State.Keys[i].Name == c.SetX509.Name {

@@ -1,22 +1,30 @@
 package grpcapi
 
 import (
-	"io"
+	"bytes"
 	"log/slog"
 	"net"
 	"testing"
+
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/proto" // registers the codec
+	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/proto"
+
+	pb "github.com/signwarden/signwarden/gateway/gatewaypb"
 )
 
-// Connections over the bound are closed at once, and a place that is given back
-// is used again.
+// Connections of strangers over the bound of their address are closed at once;
+// a place is given back by closing, and by saying who one is.
 func TestLimitListener(t *testing.T) {
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := newLimitListener(inner, 2, slog.New(slog.DiscardHandler))
+	l := newLimitListener(inner, slog.New(slog.DiscardHandler))
+	l.strangers = newCounter(2)
 	defer l.Close()
-	accepted := make(chan net.Conn, 4)
+	accepted := make(chan net.Conn, 8)
 	go func() {
 		for {
 			c, err := l.Accept()
@@ -35,25 +43,58 @@ func TestLimitListener(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
-	dial()
-	dial()
-	first := <-accepted
-	<-accepted
-	third := dial()
-	if _, err := third.Read(make([]byte, 1)); err == nil {
-		t.Error("the third of two is served")
-	} else if ne, ok := err.(net.Error); err != io.EOF && ok && ne.Timeout() {
-		t.Errorf("the third of two waits: %v", err)
+	refused := func() {
+		t.Helper()
+		if _, err := dial().Read(make([]byte, 1)); err == nil {
+			t.Error("it is served")
+		}
 	}
+	dial()
+	dial()
+	first, second := <-accepted, <-accepted
+	refused()
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := first.Close(); err == nil {
-		t.Error("closed twice without an error")
-	}
+	_ = first.Close() // gives no second place back
 	dial()
 	<-accepted
-	if len(accepted) != 0 {
-		t.Error("closing twice gave two places back")
+	refused()
+	second.(*limitConn).known()
+	dial()
+	<-accepted
+	refused()
+	if len(l.places) != 3 {
+		t.Errorf("%d connections are counted, want 3", len(l.places))
+	}
+}
+
+// A message of two-byte items is not decoded further than tells that there are
+// too many, and one that is within the bound is decoded whole.
+func TestBoundedCodec(t *testing.T) {
+	c := boundedCodec{encoding.GetCodecV2("proto")}
+	decode := func(b []byte) (*pb.SignStreamRequest, error) {
+		m := &pb.SignStreamRequest{}
+		return m, c.Unmarshal(mem.BufferSlice{mem.SliceBuffer(b)}, m)
+	}
+	m, err := decode(bytes.Repeat([]byte{0x0a, 0}, pb.MaxMessage/2))
+	if err != nil || len(m.GetItems()) != pb.MaxItems+1 {
+		t.Errorf("half a million items: %d are decoded, %v; want %d", len(m.GetItems()), err, pb.MaxItems+1)
+	}
+	want := &pb.SignStreamRequest{}
+	for range pb.MaxItems {
+		want.Items = append(want.Items, &pb.SignItem{Id: "id", Key: "key", Digest: make([]byte, 32)})
+	}
+	b, err := proto.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err = decode(b); err != nil || !proto.Equal(m, want) {
+		t.Errorf("%d items come back as %d, %v", pb.MaxItems, len(m.GetItems()), err)
+	}
+	for _, bad := range [][]byte{{0x0a}, {0x0a, 5, 1}, {0xff}, append(bytes.Clone(b), 0x0a, 0xff, 0xff)} {
+		if _, err := decode(bad); err == nil {
+			t.Errorf("%x is decoded", bad[max(0, len(bad)-8):])
+		}
 	}
 }

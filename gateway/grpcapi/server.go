@@ -18,6 +18,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -36,9 +38,11 @@ const (
 	DefaultWindow       = 512              // unanswered items of one stream
 	DefaultDrainTimeout = 25 * time.Second // for streams to finish
 
-	maxConcurrentStreams = 256 // of one connection
-	maxConnections       = 4096
-	connectionTimeout    = 10 * time.Second // for a handshake
+	maxConcurrentStreams   = 16               // of one connection
+	maxStreamsPerPrincipal = 64               // SignStreams, over all connections
+	maxHeaderList          = 16 << 10         // bytes of a request's headers
+	connectionTimeout      = 10 * time.Second // for a handshake
+	maxConnectionIdle      = 10 * time.Minute // without a stream
 
 	maxItem = 64 << 10 // bytes of one item: a window of them is kept in memory
 	maxText = 2 << 10  // bytes of an error's text: in a header others take no more
@@ -62,6 +66,8 @@ type Server struct {
 	grpc   *grpc.Server
 	health *health.Server
 
+	streams *counter // SignStreams of each principal
+
 	drain     chan struct{} // closed when streams are to move on
 	drainOnce sync.Once
 }
@@ -80,17 +86,21 @@ func New(c Config) (*Server, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{c: c, log: c.Logger, drain: make(chan struct{}), health: health.NewServer()}
+	s := &Server{c: c, log: c.Logger, drain: make(chan struct{}), health: health.NewServer(), streams: newCounter(maxStreamsPerPrincipal)}
 	s.grpc = grpc.NewServer(
 		grpc.Creds(newLogging(credentials.NewTLS(&tls.Config{
 			MinVersion:         tls.VersionTLS13,
 			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.TLS(), nil },
 		}), c.Logger)),
 		grpc.MaxRecvMsgSize(pb.MaxMessage),
+		grpc.MaxHeaderListSize(maxHeaderList),
+		grpc.ForceServerCodecV2(boundedCodec{encoding.GetCodecV2(proto.Name)}),
 		grpc.MaxConcurrentStreams(maxConcurrentStreams),
 		grpc.ConnectionTimeout(connectionTimeout),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: maxConnectionIdle,
+		}),
 		grpc.WaitForHandlers(true),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
@@ -106,7 +116,7 @@ func New(c Config) (*Server, error) {
 
 // Serve accepts connections on l until Shutdown.
 func (s *Server) Serve(l net.Listener) error {
-	err := s.grpc.Serve(newLimitListener(l, maxConnections, s.log))
+	err := s.grpc.Serve(newLimitListener(l, s.log))
 	if errors.Is(err, grpc.ErrServerStopped) { // Shutdown came first
 		return nil
 	}

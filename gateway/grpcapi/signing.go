@@ -65,11 +65,16 @@ func (s *signing) Sign(ctx context.Context, r *pb.SignRequest) (*pb.SignResponse
 // each item that is in the window has its own.
 func (s *signing) SignStream(st grpc.BidiStreamingServer[pb.SignStreamRequest, pb.SignStreamResponse]) error {
 	ctx := st.Context()
+	leave, err := s.s.streams.enter(principal(ctx).Name())
+	if err != nil {
+		return err
+	}
+	defer leave()
 	t := &stream{s: s.s, p: principal(ctx), results: make(chan result, s.s.c.Window), places: make(chan struct{}, s.s.c.Window)}
 	sendErr := make(chan error, 1)
 	go func() { sendErr <- t.send(st) }()
 
-	err := t.receive(ctx, st)
+	err = t.receive(ctx, st)
 	t.wg.Wait()
 	close(t.results)
 	if serr := <-sendErr; err == nil {
@@ -107,6 +112,11 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 			return fmt.Errorf("%w: a message carries %d items; at most %d are taken", sigerr.Invalid, n, pb.MaxItems)
 		}
 		for _, it := range m.GetItems() {
+			if len(it.GetId()) > gateway.MaxID {
+				// Not answered as an item: the answer would repeat it, and a client
+				// that does not read could have us keep many.
+				return fmt.Errorf("%w: an id has %d bytes; at most %d are taken", sigerr.Invalid, len(it.GetId()), gateway.MaxID)
+			}
 			select {
 			case t.places <- struct{}{}:
 				t.wg.Go(func() { t.results <- result{t.sign(ctx, it), true} })

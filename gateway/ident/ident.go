@@ -64,6 +64,9 @@ func FromTLS(cs tls.ConnectionState) (Principal, error) {
 		return Principal{}, fmt.Errorf("%w: no verified client certificate", sigerr.Unauthenticated)
 	}
 	leaf := cs.VerifiedChains[0][0]
+	if leaf.IsCA {
+		return Principal{}, fmt.Errorf("%w: a CA's certificate is no client's", sigerr.Unauthenticated)
+	}
 	sum := sha256.Sum256(leaf.Raw)
 	p := Principal{via: "mtls:" + hex.EncodeToString(sum[:]), notAfter: leaf.NotAfter}
 	switch len(leaf.URIs) {

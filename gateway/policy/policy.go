@@ -1,7 +1,7 @@
 // Package policy decides who may do what with which key. It is pure: rules and
 // a question in, a decision out; no clock, no I/O, no state. What no rule
-// allows is denied, and there is no rule that denies: the order of rules does
-// not change what is allowed, only which rule is named.
+// allows is denied, and there is no rule that denies. The order of rules does not
+// change what is allowed, only which rule is named, and whose rate counts.
 package policy
 
 import (
@@ -100,18 +100,33 @@ func (r *Rules) Len() int { return len(r.rules) }
 
 // Allow answers q. Where no rule allows it, the reason is that of the rule that
 // came closest, in the words of a person who has to change the policy.
+//
+// Where several allow it, one without a rate is taken before one with; so a rate
+// bounds only those whom no other rule lets sign without. Of several with rates
+// the first is taken.
 func (r *Rules) Allow(q Query) Decision {
 	best := noRule
+	var rated Decision
 	for i := range r.rules {
 		rule := &r.rules[i]
 		m := rule.refuses(q)
 		if m.step == allowed {
-			return Decision{Allowed: true, Rule: rule.Name, Rate: rule.Rate}
+			d := Decision{Allowed: true, Rule: rule.Name, Rate: rule.Rate}
+			if d.Rate.Count == 0 {
+				return d
+			}
+			if !rated.Allowed {
+				rated = d
+			}
+			continue
 		}
 		if m.step > best.step {
 			best = m
 			best.text = fmt.Sprintf("rule %q %s", rule.Name, m.text)
 		}
+	}
+	if rated.Allowed {
+		return rated
 	}
 	return Decision{Reason: best.text}
 }

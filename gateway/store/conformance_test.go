@@ -33,6 +33,7 @@ func testStore(t *testing.T, open func(t *testing.T) store.Store) {
 		"key exists":         testKeyExists,
 		"state":              testState,
 		"x509":               testX509,
+		"pending":            testPending,
 		"policy":             testPolicy,
 		"audit rows":         testAuditRows,
 		"audit paging":       testAuditPaging,
@@ -194,6 +195,26 @@ func testState(t *testing.T, s store.Store) {
 		commit(t, s, store.Change{SetState: &store.SetState{Name: "a", State: to}})
 		a.State = to
 		wantState(t, s, "", a, b)
+	}
+}
+
+func testPending(t *testing.T, s store.Store) {
+	pending := func() []store.Pending {
+		t.Helper()
+		st, err := s.Load(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Pending
+	}
+	one, two := store.Pending{KeyName: "k", ID: []byte{1}}, store.Pending{KeyName: "k", ID: []byte{2}}
+	commit(t, s, store.Change{Begin: []store.Pending{one, two}})
+	if diff := gocmp.Diff(pending(), []store.Pending{one, two}); diff != "" {
+		t.Errorf("got (-) want (+):\n%s", diff)
+	}
+	commit(t, s, store.Change{Forget: [][]byte{{1}, {3}}})
+	if diff := gocmp.Diff(pending(), []store.Pending{two}); diff != "" {
+		t.Errorf("got (-) want (+):\n%s", diff)
 	}
 }
 

@@ -111,11 +111,32 @@ func (s *SQLite) Load(ctx context.Context) (State, error) {
 	if err != nil {
 		return State{}, fmt.Errorf("reading keys: %w", err)
 	}
+	st.Pending, err = loadPending(ctx, tx)
+	if err != nil {
+		return State{}, fmt.Errorf("reading pending pairs: %w", err)
+	}
 	err = tx.QueryRowContext(ctx, `SELECT source FROM policy ORDER BY version DESC LIMIT 1`).Scan(&st.Policy)
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
 		return State{}, fmt.Errorf("reading the policy: %w", err)
 	}
 	return st, nil
+}
+
+func loadPending(ctx context.Context, tx *sql.Tx) ([]Pending, error) {
+	rows, err := tx.QueryContext(ctx, `SELECT key_name, token_id FROM pending_pairs ORDER BY key_name, token_id`)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var all []Pending
+	for rows.Next() {
+		var p Pending
+		if err := rows.Scan(&p.KeyName, &p.ID); err != nil {
+			return nil, err
+		}
+		all = append(all, p)
+	}
+	return all, rows.Err()
 }
 
 func loadKeys(ctx context.Context, tx *sql.Tx) ([]keys.Key, error) {
@@ -180,6 +201,9 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 			return 0, err
 		}
 	}
+	if err := updatePending(ctx, tx, c); err != nil {
+		return 0, fmt.Errorf("storing pending pairs: %w", err)
+	}
 	if c.SetState != nil {
 		err := updateOne(ctx, tx, `UPDATE keys SET state = ? WHERE name = ?`, c.SetState.State, c.SetState.Name)
 		if err != nil {
@@ -205,6 +229,20 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 		return 0, fmt.Errorf("committing to the store: %w", err)
 	}
 	return first, nil
+}
+
+func updatePending(ctx context.Context, tx *sql.Tx, c Change) error {
+	for _, p := range c.Begin {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO pending_pairs (token_id, key_name) VALUES (?, ?)`, p.ID, p.KeyName); err != nil {
+			return err
+		}
+	}
+	for _, id := range c.Forget {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM pending_pairs WHERE token_id = ?`, id); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // updateOne errs where there is no such key: its audit entry would record what
@@ -286,16 +324,20 @@ func (s *SQLite) Audit(ctx context.Context, from int64, limit int) (int64, [][]b
 		}
 		from = max(0, from-int64(limit))
 	}
-	rows, err := s.read.QueryContext(ctx, `SELECT entry FROM audit WHERE row >= ? ORDER BY row LIMIT ?`, from, limit)
+	rows, err := s.read.QueryContext(ctx, `SELECT row, entry FROM audit WHERE row >= ? ORDER BY row LIMIT ?`, from, limit)
 	if err != nil {
 		return 0, nil, fmt.Errorf("reading the audit log: %w", err)
 	}
 	defer rows.Close()
 	var entries [][]byte
 	for rows.Next() {
+		var row int64
 		var e []byte
-		if err := rows.Scan(&e); err != nil {
+		if err := rows.Scan(&row, &e); err != nil {
 			return 0, nil, fmt.Errorf("reading the audit log: %w", err)
+		}
+		if want := from + int64(len(entries)); row != want {
+			return 0, nil, fmt.Errorf("the audit log lacks row %d: the next is %d; somebody has changed the database", want, row)
 		}
 		entries = append(entries, e)
 	}

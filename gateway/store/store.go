@@ -35,6 +35,14 @@ type Store interface {
 type State struct {
 	Keys   []keys.Key
 	Policy []byte // source; nil before the first was applied
+	// Pending are the pairs that were begun and neither registered nor forgotten.
+	Pending []Pending
+}
+
+// Pending is a pair that is being made in the token, or was when the gateway ended.
+type Pending struct {
+	KeyName string
+	ID      []byte // CKA_ID
 }
 
 // Change is one transaction: what it changes and the audit entries that say so.
@@ -42,6 +50,8 @@ type Change struct {
 	CreateKey *keys.Key // ErrExists where the name is taken
 	SetState  *SetState
 	SetX509   *SetX509
+	Begin     []Pending // pairs about to be made
+	Forget    [][]byte  // CKA_IDs of pairs that are registered, by this change or before, or destroyed
 	Policy    []byte
 	Audit     [][]byte
 }
