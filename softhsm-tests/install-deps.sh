@@ -11,6 +11,7 @@ need() { # need COMMAND DEB RPM
 }
 [ -e /usr/lib/softhsm/libsofthsm2.so ] || [ -e /usr/lib64/pkcs11/libsofthsm2.so ] ||
     [ -e /usr/lib64/softhsm/libsofthsm2.so ] || { missing_deb="$missing_deb softhsm2" missing_rpm="$missing_rpm softhsm"; }
+[ -d /usr/lib/systemd/boot/efi ] || { missing_deb="$missing_deb systemd-boot-efi" missing_rpm="$missing_rpm systemd-boot-unsigned"; }
 need gpg gnupg gnupg2
 need gpgconf gpgconf gnupg2
 need gpg-agent gpg-agent gnupg2
@@ -24,6 +25,8 @@ need pkcs11-tool opensc opensc
 need sq sq sequoia-sq
 need openssl openssl openssl
 need sqlite3 sqlite3 sqlite
+need evmctl ima-evm-utils ima-evm-utils
+need sbverify sbsigntool sbsigntools
 
 [ -n "$missing_deb" ] || exit 0
 if [ "$(id -u)" != 0 ]; then

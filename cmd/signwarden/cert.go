@@ -92,7 +92,7 @@ key the result with: signwarden key cert NAME --import chain.pem`,
 				if err != nil {
 					return err
 				}
-				text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})
+				text := pemBlock("CERTIFICATE REQUEST", der)
 				return a.print(map[string]string{"name": argv[0], "request": string(text)},
 					func(io.Writer) { _, _ = a.out.Write(text) })
 			})
@@ -180,4 +180,9 @@ func parseSubject(s string) (pkix.Name, error) {
 		return n, fmt.Errorf("--subject: %w", exit.UsageError("%q has no common name (CN)", s))
 	}
 	return n, nil
+}
+
+// pemBlock is one PEM block.
+func pemBlock(kind string, der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -362,11 +361,11 @@ func export(k client.Key, format string) ([]byte, error) {
 		}
 		var out []byte
 		for _, c := range k.X509 {
-			out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
+			out = append(out, pemBlock("CERTIFICATE", c.Raw)...)
 		}
 		return out, nil
 	case "spki":
-		return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: k.SPKI}), nil
+		return pemBlock("PUBLIC KEY", k.SPKI), nil
 	case "ssh":
 		pub, err := ssh.NewPublicKey(k.PublicKey)
 		if err != nil {

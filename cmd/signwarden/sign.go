@@ -20,7 +20,7 @@ import (
 
 func (a *app) signCommand() *cobra.Command {
 	c := &cobra.Command{Use: "sign", Short: "Sign files"}
-	c.AddCommand(a.signOpenPGP(), a.signRPM())
+	c.AddCommand(a.signOpenPGP(), a.signRPM(), a.signKMod(), a.signEFI(), a.signCMS())
 	return c
 }
 

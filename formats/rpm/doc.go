@@ -23,7 +23,7 @@
 //
 // # What it is not
 //
-// It holds no secret and opens no connection; only file.go and undo.go know of files. It does not unpack payloads, nor
+// It holds no secret and opens no connection; only file.go, undo.go and attr.go know of files. It does not unpack payloads, nor
 // compare versions, nor read what a package does when it is installed.
 //
 // The format is described in rpm's docs/manual: format_lead.md, format_header.md, format_v3.md, format_v4.md and

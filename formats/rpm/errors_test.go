@@ -34,8 +34,13 @@ func headerOffset(b []byte) int {
 // withSig replaces entries of the signature header.
 func withSig(t testing.TB, b []byte, change func([]tag) []tag) []byte {
 	t.Helper()
+	return withSigOf(t, b, 62, change)
+}
+
+func withSigOf(t testing.TB, b []byte, region uint32, change func([]tag) []tag) []byte {
+	t.Helper()
 	tags, rest := sigTags(t, b)
-	return pack(header(62, change(tags)...), rest, nil)
+	return pack(header(region, change(tags)...), rest, nil)
 }
 
 // trySign signs with a signer that counts, and returns how often it was asked.
@@ -120,7 +125,14 @@ func TestRefusedBeforeSigning(t *testing.T) {
 			}
 		})
 	}
-	_, asked, err := trySign(flip(good, len(good)-1), ed(), unread)
+	// A SHA-1 on a header of rpm 3 is one that rpmsign has added, of the header it would write today.
+	_, asked, err := trySign(withSigOf(t, rpm3, 0, func(all []tag) []tag {
+		return append([]tag{str(269, "0000000000000000000000000000000000000000")}, all...)
+	}), ed(), rpm.Options{})
+	if err != nil || asked != 1 {
+		t.Errorf("rpm 3 with SHA-1: %v, the signer was asked %d times", err, asked)
+	}
+	_, asked, err = trySign(flip(good, len(good)-1), ed(), unread)
 	if err != nil || asked != 1 {
 		t.Errorf("payload unread: %v, the signer was asked %d times", err, asked)
 	}
@@ -223,6 +235,39 @@ func TestVerify(t *testing.T) {
 	wantError(t, err, openpgp.ErrBadSignature)
 	_, err = open(t, demo(t)).Verify(ed().cert, true)
 	wantError(t, err, rpm.ErrNotSigned)
+
+	// A signature over text is not one over the header, though text and header may be alike.
+	textSig, err := openpgp.NewSignature(ed().key, openpgp.SigText, openpgp.SignOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	textSig.Write(bytes.ReplaceAll(open(t, good).Header.Bytes(), []byte("\n"), []byte("\r\n")))
+	pkt, err := textSig.Finish(ed().signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = openpgp.VerifyDetached(ed().cert, bytes.NewReader(open(t, good).Header.Bytes()), bytes.NewReader(pkt))
+	if err != nil {
+		t.Fatalf("the signature over text: %v", err)
+	}
+	text := withSig(t, good, func(tags []tag) []tag {
+		i := slices.IndexFunc(tags, func(e tag) bool { return e.tag == 267 })
+		tags[i] = tag{267, 7, len(pkt), pkt}
+		return tags
+	})
+	_, err = open(t, text).Verify(ed().cert, true)
+	wantError(t, err, openpgp.ErrBadSignature)
+
+	// Two signatures in one tag are one too many: rpm looks at the first.
+	double := withSig(t, good, func(tags []tag) []tag {
+		foreign, _ := sigTags(t, sign(t, demo(t), other(), rpm.Options{}))
+		i := slices.IndexFunc(tags, func(e tag) bool { return e.tag == 267 })
+		data := append(slices.Clip(foreign[i].data), tags[i].data...)
+		tags[i] = tag{267, 7, len(data), data}
+		return tags
+	})
+	_, err = open(t, double).Verify(ed().cert, true)
+	wantError(t, err, rpm.ErrMalformed)
 
 	// The list of tag 278 decides where there is one: that in 267 is good, and counts for nothing.
 	list := func(b []byte) tag {

@@ -1,3 +1,5 @@
+//go:build linux
+
 package rpm_test
 
 import (
@@ -7,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -14,20 +17,6 @@ import (
 
 	"github.com/signwarden/signwarden/formats/rpm"
 )
-
-// update signs a package in memory and returns the Update.
-func update(t testing.TB, b []byte, s subject) *rpm.Update {
-	t.Helper()
-	signing, err := rpm.Prepare(open(t, b), s.key, rpm.Options{})
-	if err != nil {
-		t.Fatalf("Prepare: %v", err)
-	}
-	u, err := signing.Sign(s.signer, nil)
-	if err != nil {
-		t.Fatalf("Sign: %v", err)
-	}
-	return u
-}
 
 // attributes are what must not change.
 type attributes struct {
@@ -101,7 +90,17 @@ func TestRewriteOnto(t *testing.T) {
 	old := demo(t)
 	u := update(t, old, rsa2048())
 	path := file(t, "x.rpm", old)
-	err := rpm.Rewrite(path, filepath.Dir(path)+"/./x.rpm", u, rpm.FileOptions{})
+	hard := filepath.Join(filepath.Dir(path), "hard.rpm")
+	err := os.Link(path, hard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantError(t, rpm.Rewrite(path, filepath.Dir(path)+"/./x.rpm", u, rpm.FileOptions{}), rpm.ErrLink)
+	err = os.Remove(hard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = rpm.Rewrite(path, filepath.Dir(path)+"/./x.rpm", u, rpm.FileOptions{})
 	if err != nil || !bytes.Equal(read(t, path), apply(t, u, old)) {
 		t.Errorf("Rewrite: %v", err)
 	}
@@ -199,6 +198,36 @@ func TestFilesRefused(t *testing.T) {
 	got, err = rpm.Recover(path, rpm.FileOptions{})
 	if err != nil || got != rpm.Clean {
 		t.Errorf("Recover with nothing to do: %v, %v", got, err)
+	}
+}
+
+// Of several signers that have read the same package one signs it, and the others find it locked or changed.
+func TestManySigners(t *testing.T) {
+	for name, old := range map[string][]byte{"in place": demo(t), "grows": stripReserve(t, demo(t))} {
+		for range 10 {
+			path := file(t, "x.rpm", old)
+			var errs [8]error
+			var wg sync.WaitGroup
+			for i := range errs {
+				s := []subject{ed(), rsa2048()}[i%2]
+				u := update(t, old, s)
+				wg.Go(func() { errs[i] = rpm.ApplyInPlace(path, u, rpm.FileOptions{}) })
+			}
+			wg.Wait()
+			done := 0
+			for _, err := range errs {
+				switch {
+				case err == nil:
+					done++
+				case !errors.Is(err, rpm.ErrLocked) && !errors.Is(err, rpm.ErrChanged):
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+			sigs, err := open(t, read(t, path)).Signatures()
+			if done != 1 || err != nil || len(sigs) != 1 {
+				t.Errorf("%s: %d have signed, %d signatures: %v", name, done, len(sigs), err)
+			}
+		}
 	}
 }
 

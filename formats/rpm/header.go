@@ -12,6 +12,8 @@ const (
 	maxEntries    = 65535
 	maxSigHeader  = 16 << 20 // bytes of a signature header; rpm takes 64 MiB, for file signatures
 	maxSigEntries = 32       // as rpm
+	maxFiles      = 512 << 10
+	maxSignatures = 16 // in tag 278: each is hashed for
 )
 
 const (
@@ -216,16 +218,21 @@ func (h *rawHeader) text(tag uint32) (string, error) {
 	return string(b[:len(b)-1]), nil
 }
 
-// texts are the strings of a tag, nil if it is not there.
-func (h *rawHeader) texts(tag uint32) ([]string, error) {
+// texts are the strings of a tag, parts of the header; nil if it is not there. A header of NULs would be millions: more than
+// limit are refused.
+func (h *rawHeader) texts(tag uint32, limit int) ([][]byte, error) {
 	b, err := h.typed(tag, typeStringArray)
 	if err != nil || b == nil {
 		return nil, err
 	}
-	var list []string
+	e, _ := h.find(tag)
+	if e.count > limit {
+		return nil, fmt.Errorf("%w: tag %d has %d strings, over %d", ErrMalformed, tag, e.count, limit)
+	}
+	list := make([][]byte, 0, e.count)
 	for len(b) > 0 {
 		s, rest, _ := bytes.Cut(b, []byte{0})
-		list = append(list, string(s))
+		list = append(list, s)
 		b = rest
 	}
 	return list, nil

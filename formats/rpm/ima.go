@@ -31,14 +31,14 @@ func newFileSigning(h *Header, key *rsa.PublicKey) (*fileSigning, error) {
 	if key.N == nil || key.N.BitLen() < 2048 || key.N.BitLen() > 8192 {
 		return nil, fmt.Errorf("%w: RSA key not of 2048 to 8192 bits", ErrUnsupported)
 	}
-	list, err := h.h.texts(tagFileDigests)
+	list, err := h.h.texts(tagFileDigests, maxFiles)
 	if err != nil {
 		return nil, err
 	}
 	if len(list) == 0 {
 		return nil, nil // a package without files
 	}
-	names, err := h.h.texts(tagBaseNames)
+	names, err := h.h.texts(tagBaseNames, maxFiles)
 	if err != nil {
 		return nil, err
 	}
@@ -56,11 +56,11 @@ func newFileSigning(h *Header, key *rsa.PublicKey) (*fileSigning, error) {
 	seen := map[string]int{}
 	for i, text := range list {
 		// Directories, links and ghosts have none.
-		if text == "" {
+		if len(text) == 0 {
 			s.files = append(s.files, -1)
 			continue
 		}
-		digest, err := hexDigest(fmt.Sprintf("file %d", i), text, crypto.SHA256.Size())
+		digest, err := hexDigest(fmt.Sprintf("file %d", i), string(text), crypto.SHA256.Size())
 		if err != nil {
 			return nil, err
 		}
@@ -129,16 +129,16 @@ func appendIMA(b []byte, key *rsa.PublicKey, sig []byte) []byte {
 // FileSignatures returns the IMA signatures of the package, one for each file as it stands in security.ima, nil for a
 // file without; nil if the package has none. They are not verified.
 func (p *Package) FileSignatures() ([][]byte, error) {
-	list, err := p.sig.texts(tagFileSigs)
+	list, err := p.sig.texts(tagFileSigs, maxFiles)
 	if err != nil || list == nil {
 		return nil, err
 	}
 	sigs := make([][]byte, len(list))
 	for i, s := range list {
-		if s == "" {
+		if len(s) == 0 {
 			continue
 		}
-		sigs[i], err = hex.DecodeString(s)
+		sigs[i], err = hex.DecodeString(string(s))
 		if err != nil {
 			return nil, fmt.Errorf("%w: signature of file %d: %v", ErrMalformed, i, err)
 		}

@@ -105,8 +105,7 @@ func TestGoRPMUtils(t *testing.T) {
 	}
 	args := []string{file(t, "cert.asc", armored.Bytes())}
 	all := corpus(t)
-	// nfpm's says it has two files and has one, and rpm3's is no archive: it fails unsigned as well.
-	delete(all, "rpm3")
+	delete(all, "rpm3") // its payload is no archive
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		args = append(args, file(t, "x.rpm", sign(t, all[name], rsa2048(), rpm.Options{})))
 	}
@@ -191,6 +190,9 @@ func TestFileSignatures(t *testing.T) {
 	list := strings.Split(strings.TrimSpace(must(t, "rpm", "-qp", "--nosignature", "--qf", "[%{FILENAMES}|%{FILESIGNATURES}|\n]", pkg)), "\n")
 	if len(list) != 7 {
 		t.Fatalf("rpm lists %d files: %q", len(list), list)
+	}
+	if got := must(t, "rpm", "-qp", "--nosignature", "--qf", "%{FILESIGNATURELENGTH}", pkg); got != itoa(9+key.Size()) {
+		t.Errorf("FILESIGNATURELENGTH is %s", got)
 	}
 	own, err := open(t, b).FileSignatures()
 	if err != nil {

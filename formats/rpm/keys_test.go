@@ -104,9 +104,9 @@ func open(t testing.TB, b []byte) *rpm.Package {
 func apply(t testing.TB, u *rpm.Update, b []byte) []byte {
 	t.Helper()
 	var out bytes.Buffer
-	err := u.WriteTo(&out, bytes.NewReader(b))
+	err := u.Copy(&out, bytes.NewReader(b))
 	if err != nil {
-		t.Fatalf("WriteTo: %v", err)
+		t.Fatalf("Copy: %v", err)
 	}
 	if int64(out.Len()) != u.Size() {
 		t.Fatalf("the new package has %d bytes, Size says %d", out.Len(), u.Size())
@@ -126,6 +126,20 @@ func sign(t testing.TB, b []byte, s subject, o rpm.Options) []byte {
 		t.Fatalf("Sign: %v", err)
 	}
 	return apply(t, u, b)
+}
+
+// update signs a package in memory and returns the Update.
+func update(t testing.TB, b []byte, s subject) *rpm.Update {
+	t.Helper()
+	signing, err := rpm.Prepare(open(t, b), s.key, rpm.Options{})
+	if err != nil {
+		t.Fatalf("Prepare: %v", err)
+	}
+	u, err := signing.Sign(s.signer, nil)
+	if err != nil {
+		t.Fatalf("Sign: %v", err)
+	}
+	return u
 }
 
 func remove(t testing.TB, b []byte, files bool) []byte {

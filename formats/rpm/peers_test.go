@@ -94,17 +94,14 @@ func rpmkeysUnsigned(t testing.TB, db string, b []byte) {
 	}
 }
 
-// rpmutils is the module whose test data are part of the corpus. It is not among our dependencies.
-const rpmutils = "github.com/sassoftware/go-rpmutils@v0.4.0"
-
-// rpmutilsDir is where Go's module cache has it.
-func rpmutilsDir(t testing.TB) string {
+// moduleDir is where Go's module cache has a module that is none of our dependencies.
+func moduleDir(t testing.TB, module string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), peer(t, "go"), "mod", "download", "-json", rpmutils)
+	cmd := exec.CommandContext(t.Context(), peer(t, "go"), "mod", "download", "-json", module)
 	cmd.Dir = t.TempDir() // outside our module
 	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("go mod download %s: %v\n%s", rpmutils, err, out)
+		t.Fatalf("go mod download %s: %v\n%s", module, err, out)
 	}
 	var mod struct{ Dir string }
 	err = json.Unmarshal(out, &mod)

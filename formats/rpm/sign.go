@@ -23,10 +23,12 @@ type Options struct {
 	// payload gets one anyway, and is read for it.
 	Payload bool
 
-	// OpenPGP writes the signature to tag 278 too, the list that rpm 6 looks at first. Packages of version 6 always have
-	// it there, and elsewhere only with Legacy.
+	// OpenPGP writes the signature to tag 278 too, the list that rpm 6 looks at first. A package of version 6 always
+	// has it there, and in no other tag.
 	OpenPGP bool
-	Legacy  bool
+
+	// Legacy writes the signature of a version 6 package to tag 267 or 268 too, where rpm 4 looks for it.
+	Legacy bool
 
 	// NoPayloadCheck leaves the payload unread where no signature is over it.
 	NoPayloadCheck bool

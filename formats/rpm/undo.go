@@ -100,7 +100,6 @@ func (d disk) overwrite(f *os.File, path string, u *Update) error {
 	record := beside(path, "undo")
 	err = d.writeUndo(record, r)
 	if err != nil {
-		d.remove(record) // best effort: Recover throws it away too
 		return fmt.Errorf("writing the undo record: %w", err)
 	}
 	err = d.write(f, u.New, u.Offset)
@@ -130,14 +129,16 @@ func (d disk) writeUndo(path string, r undo) error {
 	}
 	defer f.Close()
 	err = d.write(f, r.marshal(), 0)
-	if err != nil {
-		return err
+	if err == nil {
+		err = d.sync(f)
 	}
-	err = d.sync(f)
-	if err != nil {
-		return err
+	if err == nil {
+		err = d.syncDir(filepath.Dir(path))
 	}
-	return d.syncDir(filepath.Dir(path))
+	if err != nil {
+		d.remove(path) // best effort: Recover throws it away too
+	}
+	return err
 }
 
 // restore writes the old signature header back.

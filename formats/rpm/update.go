@@ -30,8 +30,8 @@ func (u *Update) Size() int64 { return u.size - int64(len(u.Old)) + int64(len(u.
 // Prefix is the new package up to the main header.
 func (u *Update) Prefix() []byte { return append(u.lead[:], u.New...) }
 
-// WriteTo writes the new package to w. old is the package that the Update was made of.
-func (u *Update) WriteTo(w io.Writer, old io.ReaderAt) error {
+// Copy writes the new package to w. old is the package that the Update was made of.
+func (u *Update) Copy(w io.Writer, old io.ReaderAt) error {
 	_, err := w.Write(u.Prefix())
 	if err != nil {
 		return fmt.Errorf("writing the package: %w", err)

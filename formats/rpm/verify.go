@@ -24,7 +24,7 @@ type Signature struct {
 	Created   time.Time
 	Hash      crypto.Hash
 	Algorithm int   // OpenPGP's number
-	Err       error // why the packet cannot be read, and the six above are zero
+	Err       error // why the packet cannot be read, and the five above are zero
 }
 
 // Signatures lists the signatures over the package in the order of their tags.
@@ -52,13 +52,13 @@ func (p *Package) packets(tag uint32) ([][]byte, error) {
 		}
 		return [][]byte{bytes.Clone(b)}, nil
 	}
-	texts, err := p.sig.texts(tag)
+	texts, err := p.sig.texts(tag, maxSignatures)
 	if err != nil {
 		return nil, err
 	}
 	var list [][]byte
 	for _, s := range texts {
-		pkt, err := base64.StdEncoding.DecodeString(s)
+		pkt, err := base64.StdEncoding.DecodeString(string(s))
 		if err != nil {
 			return nil, fmt.Errorf("%w: tag %d: %v", ErrMalformed, tag, err)
 		}
@@ -72,9 +72,14 @@ func (s *Signature) describe() {
 		s.Err = fmt.Errorf("%w: signature of %d bytes", ErrMalformed, len(s.Packet))
 		return
 	}
-	read, err := packet.Read(bytes.NewReader(s.Packet))
+	r := bytes.NewReader(s.Packet)
+	read, err := packet.Read(r)
 	if err != nil {
 		s.Err = fmt.Errorf("%w: %v", ErrMalformed, err)
+		return
+	}
+	if r.Len() > 0 { // rpm takes the first packet, and other software another
+		s.Err = fmt.Errorf("%w: %d bytes after the signature", ErrMalformed, r.Len())
 		return
 	}
 	sig, ok := read.(*packet.Signature)
@@ -135,10 +140,6 @@ func (p *Package) Verify(cert *openpgp.Certificate, payload bool) ([]Verified, e
 	if len(needed) == 0 {
 		return nil, fmt.Errorf("%w, or not so that it can be verified without its payload", ErrNotSigned)
 	}
-	// rpm takes no signature over a header without a region for one (format_v3.md).
-	if !p.Header.h.region {
-		list, legacy = nil, nil
-	}
 	var good []Verified
 	if len(list) > 0 {
 		good, err = p.oneOf(cert, list)
@@ -188,6 +189,9 @@ func (p *Package) oneOf(cert *openpgp.Certificate, sigs []Signature) ([]Verified
 }
 
 func (p *Package) verify(cert *openpgp.Certificate, s Signature) (Verified, error) {
+	if s.Err != nil {
+		return Verified{}, fmt.Errorf("signature in tag %d: %w", s.Tag, s.Err)
+	}
 	var message io.Reader = bytes.NewReader(p.Header.h.raw)
 	if s.Payload {
 		message = io.NewSectionReader(p.r, p.header, p.size-p.header)

@@ -1,0 +1,264 @@
+package kmod_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto"
+	"encoding/binary"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os/exec"
+	"runtime"
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/signwarden/signwarden/formats/cms"
+	"github.com/signwarden/signwarden/formats/kmod"
+)
+
+// put returns a copy of b with some bytes at a place changed.
+func put(b []byte, at int, with ...byte) []byte {
+	b = bytes.Clone(b)
+	copy(b[at:], with)
+	return b
+}
+
+func TestRefused(t *testing.T) {
+	s, other := newSubject(t, "rsa"), newSubject(t, "p256")
+	good := newELF(1000)
+	signed := sign(t, s, good, kmod.Options{})
+	layers := signed
+	for range 3 {
+		layers = append(bytes.Clone(layers), signed[len(good):]...)
+	}
+	trailer := len(signed) - 28 - 12
+	large := sign(t, s, newELF(100000), kmod.Options{})
+	for _, tt := range []struct {
+		name   string
+		module []byte
+		o      kmod.Options
+		want   error
+	}{
+		{"empty", nil, kmod.Options{}, kmod.ErrMalformed},
+		{"text", []byte("#!/bin/sh\n"), kmod.Options{}, kmod.ErrMalformed},
+		{"half a header", good[:40], kmod.Options{}, kmod.ErrMalformed},
+		{"truncated", good[:len(good)-1], kmod.Options{}, kmod.ErrMalformed},
+		{"an executable", put(good, 16, 2), kmod.Options{}, kmod.ErrMalformed},
+		{"no section headers", put(good, 40, 0, 0, 0, 0, 0, 0, 0, 0), kmod.Options{}, kmod.ErrMalformed},
+		{"section headers out of reach", put(good, 47, 0xff), kmod.Options{}, kmod.ErrMalformed},
+		{"text in gzip", pack(t, kmod.Gzip, []byte("text")), kmod.Options{}, kmod.ErrMalformed},
+		{"truncated xz", cut(pack(t, kmod.XZ, good)), kmod.Options{}, kmod.ErrMalformed},
+		{"truncated zstd", cut(pack(t, kmod.Zstd, good)), kmod.Options{}, kmod.ErrMalformed},
+		{"truncated gzip", cut(pack(t, kmod.Gzip, good)), kmod.Options{}, kmod.ErrMalformed},
+		{"two xz streams", append(pack(t, kmod.XZ, good), pack(t, kmod.XZ, good)...), kmod.Options{}, kmod.ErrMalformed},
+		{"trailer of PGP", put(signed, trailer+2, 0), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"trailer with a name", put(signed, trailer+3, 1), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"signature longer than the file", put(signed, trailer+8, 0, 0, 0x20), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"signature longer than 4 GiB", put(signed, trailer+8, 0xff, 0xff, 0xff, 0xff), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"signature of 40960 bytes", put(large, len(large)-28-4, 0, 0, 0xa0, 0), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"window of 128 MiB", longWindow(t, good), kmod.Options{}, kmod.ErrMalformed},
+		{"signature of no length", put(signed, trailer+8, 0, 0, 0, 0), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"signature into the module", put(signed, trailer+8, 0, 0, 3), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"four signatures", layers, kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"only magic", []byte("\x7fELF~Module signature appended~\n"), kmod.Options{Replace: true}, kmod.ErrMalformed},
+		{"SHA-1", good, kmod.Options{Hash: crypto.SHA1}, cms.ErrUnsupported},
+		{"MD5", good, kmod.Options{Hash: crypto.MD5}, cms.ErrUnsupported},
+		{"another key's certificate", good, kmod.Options{Certificate: other.cert}, cms.ErrWrongKey},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if tt.o.Certificate == nil {
+				tt.o.Certificate = s.cert
+			}
+			s.calls = 0
+			var out bytes.Buffer
+			err := kmod.Sign(&out, bytes.NewReader(tt.module), int64(len(tt.module)), s, tt.o)
+			if !errors.Is(err, tt.want) {
+				t.Errorf("got %v, want %v", err, tt.want)
+			}
+			if s.calls != 0 || out.Len() != 0 {
+				t.Errorf("%d calls of the signer and %d bytes written", s.calls, out.Len())
+			}
+		})
+	}
+}
+
+// Every part of an xz file is checked, as xz itself checks it.
+func TestXZDamaged(t *testing.T) {
+	packed := pack(t, kmod.XZ, newELF(1000))
+	index := len(packed) - 12 - 4*(1+int(binary.LittleEndian.Uint32(packed[len(packed)-8:])))
+	for name, at := range map[string]int{
+		"stream header": 8, "block header": 14, "data": 40, "check": index - 1, "index": index + 2, "index check": len(packed) - 13,
+		"footer check": len(packed) - 12, "backward size": len(packed) - 8, "footer flags": len(packed) - 3, "end": len(packed) - 1,
+	} {
+		b := bytes.Clone(packed)
+		b[at] ^= 1
+		_, err := kmod.Inspect(bytes.NewReader(b), int64(len(b)))
+		if !errors.Is(err, kmod.ErrMalformed) {
+			t.Errorf("%s: got %v, want ErrMalformed", name, err)
+		}
+	}
+}
+
+// longWindow packs with a window that zstd asks for where it does not know the size.
+func longWindow(t *testing.T, module []byte) []byte {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "zstd", "--long=27", "-c")
+	cmd.Stdin = bytes.NewReader(module)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("required peer: zstd: %v", err)
+	}
+	return out
+}
+
+// A CMS message that brings its own content is not a signature of the module.
+func TestOwnContent(t *testing.T) {
+	s := newSubject(t, "rsa")
+	module := newELF(100)
+	sig, err := cms.Sign(s, nil, cms.Options{Certificate: s.cert, Content: module})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := append(bytes.Clone(module), sig...)
+	signed = append(signed, 0, 0, 2, 0, 0, 0, 0, 0)
+	signed = binary.BigEndian.AppendUint32(signed, uint32(len(sig)))
+	signed = append(signed, "~Module signature appended~\n"...)
+	_, err = verify(signed, s.cert)
+	if !errors.Is(err, cms.ErrMalformed) {
+		t.Errorf("got %v, want cms.ErrMalformed", err)
+	}
+}
+
+func cut(b []byte) []byte { return b[:len(b)-1] }
+
+// bomb is a module that unpacks to 20 MiB, from some 20 KiB or less.
+func bomb(t *testing.T, pack func(io.Writer) io.WriteCloser) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w := pack(&out)
+	_, err := w.Write(newELF(100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	zeros := make([]byte, 1<<20)
+	for range 20 {
+		_, err = w.Write(zeros)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+func TestBombs(t *testing.T) {
+	s := newSubject(t, "rsa")
+	for name, b := range map[string][]byte{
+		"gzip": bomb(t, func(w io.Writer) io.WriteCloser { return gzip.NewWriter(w) }),
+		"zstd": bomb(t, func(w io.Writer) io.WriteCloser {
+			z, err := zstd.NewWriter(w)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return z
+		}),
+		"xz": pack(t, kmod.XZ, append(newELF(100), make([]byte, 20<<20)...)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s.calls = 0
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			err := kmod.Sign(io.Discard, bytes.NewReader(b), int64(len(b)), s, kmod.Options{Certificate: s.cert})
+			runtime.ReadMemStats(&after)
+			if !errors.Is(err, kmod.ErrMalformed) || s.calls != 0 {
+				t.Errorf("got %v and %d calls, want ErrMalformed", err, s.calls)
+			}
+			if got := after.TotalAlloc - before.TotalAlloc; got > 32<<20 {
+				t.Errorf("%d MiB were allocated", got>>20)
+			}
+		})
+	}
+}
+
+// seeds are modules of every kind.
+func seeds(t testing.TB, s subject) [][]byte {
+	t.Helper()
+	var all [][]byte
+	module := newELF(200)
+	for c := range suffixes {
+		packed := pack(t, c, module)
+		all = append(all, packed, sign(t, s, packed, kmod.Options{}))
+	}
+	big := bytes.Clone(module)
+	big[5] = 2 // big-endian: e_type 0x0100, refused
+	all = append(all, big, put(big, 16, 0, 1))
+	if len(all) != 10 {
+		t.Fatalf("got %d seeds, want 10", len(all))
+	}
+	return all
+}
+
+// check asserts what holds for any input: no panic; if the signer was asked, the result verifies.
+func check(t testing.TB, s subject, b []byte) {
+	t.Helper()
+	s.calls = 0
+	var out bytes.Buffer
+	err := kmod.Sign(&out, bytes.NewReader(b), int64(len(b)), s, kmod.Options{Certificate: s.cert, Replace: true})
+	if err != nil {
+		if !errors.Is(err, kmod.ErrMalformed) || s.calls != 0 || out.Len() != 0 {
+			t.Errorf("got %v, %d calls and %d bytes, want ErrMalformed", err, s.calls, out.Len())
+		}
+		return
+	}
+	_, err = verify(out.Bytes(), s.cert)
+	if err != nil {
+		t.Errorf("what was signed does not verify: %v", err)
+	}
+}
+
+func TestMutations(t *testing.T) {
+	s := newSubject(t, "p256")
+	all := seeds(t, s)
+	r := rand.New(rand.NewPCG(1, 2))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	refused := 0
+	for range 10000 {
+		b := bytes.Clone(all[r.IntN(len(all))])
+		switch r.IntN(3) {
+		case 0:
+			b = b[:r.IntN(len(b))]
+		case 1:
+			binary.LittleEndian.PutUint32(b[r.IntN(len(b)-4):], r.Uint32())
+		default:
+			from := max(0, len(b)-100) // where the trailer is, and the end of what is packed
+			b[from+r.IntN(len(b)-from)] ^= byte(1 + r.IntN(255))
+		}
+		_, err := kmod.Inspect(bytes.NewReader(b), int64(len(b)))
+		if err != nil {
+			refused++
+		}
+		if r.IntN(20) == 0 || err != nil && r.IntN(4) == 0 {
+			check(t, s, b)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	if per := (after.TotalAlloc - before.TotalAlloc) / 10000; per > 8<<20 {
+		t.Errorf("%d KiB allocated per input", per>>10)
+	}
+	if refused < 1000 || refused == 10000 {
+		t.Errorf("%d of 10000 refused: the mutations do not do what they should", refused)
+	}
+}
+
+func FuzzSign(f *testing.F) {
+	s := newSubject(f, "p256")
+	for _, b := range seeds(f, s) {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) { check(t, s, b) })
+}

@@ -1,0 +1,117 @@
+package softhsm_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// Kernel modules signed in place: what is appended is what the kernel wants, and
+// openssl verifies it over the module as it was.
+func TestSignKMod(t *testing.T) {
+	g := newGateway(t)
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	writeFile(t, at("m.c"), "int init_module(void) { return 0; }\n")
+	mustEnv(t, os.Environ(), "gcc", "-c", "-o", at("m.ko"), at("m.c"))
+	module, err := os.ReadFile(at("m.ko"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range []string{"rsa4096", "p256"} {
+		g.must(t, "signwarden", "key", "create", a, "--algorithm", a)
+		g.must(t, "signwarden", "key", "cert", a, "--self-signed", "--subject", "CN="+a, "--usage", "kmod")
+		writeFile(t, at("cert.pem"), g.must(t, "signwarden", "key", "export", a, "--format", "x509"))
+		g.must(t, "signwarden", "sign", "kmod", "--key", a, at("m.ko")) // over that of the key before
+		signed, err := os.ReadFile(at("m.ko"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		const magic = "~Module signature appended~\n"
+		if !bytes.HasPrefix(signed, module) || !bytes.HasSuffix(signed, []byte(magic)) {
+			t.Fatalf("%s: %d bytes of a module of %d do not end with the magic", a, len(signed), len(module))
+		}
+		end := len(signed) - len(magic) - 12
+		size := int(binary.BigEndian.Uint32(signed[end+8:]))
+		if end-size != len(module) {
+			t.Fatalf("%s: a signature of %d bytes does not follow the module of %d", a, size, len(module))
+		}
+		writeFile(t, at("sig"), string(signed[end-size:end]))
+		writeFile(t, at("content"), string(module))
+		mustEnv(t, os.Environ(), "openssl", "cms", "-verify", "-binary", "-inform", "DER", "-in", at("sig"), "-content", at("content"),
+			"-certfile", at("cert.pem"), "-CAfile", at("cert.pem"), "-nointern", "-purpose", "any", "-out", "/dev/null")
+		if e := g.audit(t, 1)[0].Entry; e["format"] != "kmod" || e["claim_file"] != "m.ko" || e["key"] != a {
+			t.Errorf("audit entry %v", e)
+		}
+	}
+	rows := len(g.audit(t, 1000))
+	if r := g.try(t, "signwarden", "sign", "kmod", "--key", "p256", "--refuse-signed", at("m.ko")); r.code != 1 || !strings.Contains(r.stderr, "already signed") {
+		t.Errorf("a signed module: exit code %d: %s", r.code, r.stderr)
+	}
+	if r := g.try(t, "signwarden", "sign", "kmod", "--key", "p256", at("m.c")); r.code != 1 {
+		t.Errorf("no module: exit code %d: %s", r.code, r.stderr)
+	}
+	g.must(t, "signwarden", "key", "create", "bare", "--algorithm", "p256")
+	if r := g.try(t, "signwarden", "sign", "kmod", "--key", "bare", at("m.ko")); r.code != 2 || !strings.Contains(r.stderr, "key cert bare") {
+		t.Errorf("a key without a certificate: exit code %d: %s", r.code, r.stderr)
+	}
+	if now := len(g.audit(t, 1000)); now != rows+1 { // the new key
+		t.Errorf("%d audit rows were added, want 1", now-rows)
+	}
+}
+
+// Detached CMS signatures, by openssl.
+func TestSignCMS(t *testing.T) {
+	g := newGateway(t)
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	writeFile(t, at("disk.img"), strings.Repeat("image", 10_000))
+	for _, a := range []string{"rsa2048", "p384"} {
+		g.must(t, "signwarden", "key", "create", a, "--algorithm", a)
+		g.must(t, "signwarden", "key", "cert", a, "--self-signed", "--subject", "CN="+a)
+		writeFile(t, at("cert.pem"), g.must(t, "signwarden", "key", "export", a, "--format", "x509"))
+		for _, form := range []string{"DER", "PEM"} {
+			args := []string{"sign", "cms", "--key", a, "--force", at("disk.img")}
+			if form == "PEM" {
+				args = append(args, "--pem")
+			}
+			g.must(t, "signwarden", args...)
+			verify := []string{"cms", "-verify", "-binary", "-inform", form, "-in", at("disk.img.p7s"), "-CAfile", at("cert.pem"), "-purpose", "any", "-out", "/dev/null", "-content"}
+			mustEnv(t, os.Environ(), "openssl", append(verify, at("disk.img"))...)
+			if r := runEnv(t, os.Environ(), "openssl", append(verify, at("cert.pem"))...); r.code == 0 {
+				t.Error("openssl accepts it over another file: this test could not fail")
+			}
+		}
+	}
+}
+
+// EFI images signed in place, by sbverify.
+func TestSignEFI(t *testing.T) {
+	images, err := filepath.Glob("/usr/lib/systemd/boot/efi/systemd-boot*.efi")
+	if err != nil || len(images) == 0 {
+		t.Fatalf("no EFI image of systemd-boot is installed (%v): run softhsm-tests/install-deps.sh", err)
+	}
+	g := newGateway(t)
+	g.must(t, "signwarden", "key", "create", "boot", "--algorithm", "rsa2048")
+	g.must(t, "signwarden", "key", "cert", "boot", "--self-signed", "--subject", "CN=boot", "--usage", "efi")
+	dir := t.TempDir()
+	writeFile(t, filepath.Join(dir, "cert.pem"), g.must(t, "signwarden", "key", "export", "boot", "--format", "x509"))
+	for _, image := range images {
+		to := filepath.Join(dir, filepath.Base(image))
+		mustEnv(t, os.Environ(), "cp", image, to)
+		if err := os.Chmod(to, 0o640); err != nil {
+			t.Fatal(err)
+		}
+		g.must(t, "signwarden", "sign", "efi", "--key", "boot", to)
+		mustEnv(t, os.Environ(), "sbverify", "--cert", filepath.Join(dir, "cert.pem"), to)
+		if info, err := os.Stat(to); err != nil || info.Mode().Perm() != 0o640 {
+			t.Errorf("mode %v, %v; want 0640", info.Mode(), err)
+		}
+		if e := g.audit(t, 1)[0].Entry; e["format"] != "authenticode" {
+			t.Errorf("audit entry %v", e)
+		}
+	}
+}
