@@ -10,7 +10,10 @@ import (
 	"encoding/asn1"
 	"fmt"
 	"math/big"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/signwarden/signwarden/gateway/audit"
 	"github.com/signwarden/signwarden/gateway/ident"
@@ -69,11 +72,12 @@ var noExpiry = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 func (g *Gateway) CertifyKey(ctx context.Context, p ident.Principal, frontEnd, name string, spec X509Spec) (keys.Key, error) {
 	return g.setChain(ctx, p, frontEnd, name, func(k *keys.Registered, now time.Time) ([][]byte, string, error) {
 		add, ok := usages[spec.Usage]
+		if err := checkSubject(spec.Subject); err != nil {
+			return nil, "", err
+		}
 		switch {
 		case !ok:
 			return nil, "", fmt.Errorf("%w: usage %q is not codesign, kmod or efi", sigerr.Invalid, spec.Usage)
-		case spec.Subject.CommonName == "":
-			return nil, "", fmt.Errorf("%w: the subject needs a common name (CN)", sigerr.Invalid)
 		case !spec.Expires.IsZero() && !spec.Expires.After(now):
 			return nil, "", fmt.Errorf("%w: the certificate would expire at %s, which is past", sigerr.Invalid, spec.Expires.UTC().Format(time.RFC3339))
 		}
@@ -96,6 +100,33 @@ func (g *Gateway) CertifyKey(ctx context.Context, p ident.Principal, frontEnd, n
 		der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, k.PublicKey, g.signerFor(ctx, k))
 		return [][]byte{der}, fmt.Sprintf("self-signed, usage %s", spec.Usage), err
 	})
+}
+
+// checkSubject holds a subject to the upper bounds of RFC 5280 appendix A.1, and
+// to a few values of each attribute.
+func checkSubject(n pkix.Name) error {
+	const maxValues = 4
+	if n.CommonName == "" {
+		return fmt.Errorf("%w: the subject needs a common name (CN)", sigerr.Invalid)
+	}
+	for _, attr := range []struct {
+		name   string
+		max    int
+		values []string
+	}{
+		{"CN", 64, []string{n.CommonName}}, {"O", 64, n.Organization}, {"OU", 64, n.OrganizationalUnit},
+		{"C", 2, n.Country}, {"ST", 128, n.Province}, {"L", 128, n.Locality},
+	} {
+		if len(attr.values) > maxValues {
+			return fmt.Errorf("%w: the subject has %d values of %s; at most %d are taken", sigerr.Invalid, len(attr.values), attr.name, maxValues)
+		}
+		for _, v := range attr.values {
+			if utf8.RuneCountInString(v) > attr.max || !utf8.ValidString(v) || strings.ContainsFunc(v, unicode.IsControl) {
+				return fmt.Errorf("%w: %s must be UTF-8 of at most %d characters without control characters", sigerr.Invalid, attr.name, attr.max)
+			}
+		}
+	}
+	return nil
 }
 
 // ImportChain stores a chain that others have issued for a key: its own
@@ -143,6 +174,9 @@ func (g *Gateway) CSR(ctx context.Context, p ident.Principal, frontEnd, name str
 	a, k, err := g.beginX509(ctx, p, "key.csr", frontEnd, name)
 	if err != nil {
 		return nil, err
+	}
+	if err := checkSubject(subject); err != nil {
+		return nil, g.fail(a, audit.Denied, err)
 	}
 	a.e.Detail = clip("subject " + subject.String())
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: subject}, g.signerFor(ctx, k))

@@ -165,6 +165,9 @@ func TestCertifyKeyRefused(t *testing.T) {
 		{"not an administrator", "alice", good, sigerr.Denied},
 		{"usage", "root", edit(func(s *gateway.X509Spec) { s.Usage = "tls" }), sigerr.Invalid},
 		{"no name", "root", edit(func(s *gateway.X509Spec) { s.Subject = pkix.Name{} }), sigerr.Invalid},
+		{"long name", "root", edit(func(s *gateway.X509Spec) { s.Subject.CommonName = strings.Repeat("x", 65) }), sigerr.Invalid},
+		{"control character", "root", edit(func(s *gateway.X509Spec) { s.Subject.Organization = []string{"a\nb"} }), sigerr.Invalid},
+		{"many values", "root", edit(func(s *gateway.X509Spec) { s.Subject.Organization = make([]string, 5) }), sigerr.Invalid},
 		{"expired", "root", edit(func(s *gateway.X509Spec) { s.Expires = time.Now().Add(-time.Hour) }), sigerr.Invalid},
 	} {
 		before := f.Token.Signs()

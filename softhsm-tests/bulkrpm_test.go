@@ -56,6 +56,10 @@ func TestSignRPM(t *testing.T) {
 	}
 	g.must(t, "signwarden", append([]string{"sign", "rpm", "--key", "ed"}, files...)...)
 	allOK(t, dbEd, files)
+	g.must(t, "signwarden", append([]string{"verify", "rpm", "--key", "ed"}, files...)...)
+	if r := g.try(t, "signwarden", "verify", "rpm", "--key", "rsa", files[0]); r.code != 3 {
+		t.Errorf("verified with another key: exit code %d, want 3: %s", r.code, r.stderr)
+	}
 	if out := runEnv(t, os.Environ(), "rpmkeys", "--dbpath", dbRSA, "-K", files[0]); out.code == 0 {
 		t.Errorf("the old signature stays: %s", out.stdout)
 	}

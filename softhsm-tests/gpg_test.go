@@ -49,6 +49,11 @@ func TestGPGSignsISO(t *testing.T) {
 					args = args[:3]
 				}
 				mustEnv(t, verify, "gpg", args...)
+				if args[1] == "--verify" && len(args) == 3 {
+					g.must(t, "signwarden", "verify", "openpgp", "--key", name, out)
+				} else {
+					g.must(t, "signwarden", "verify", "openpgp", "--key", name, "--signature", out, sums)
+				}
 			}
 		})
 	}

@@ -43,6 +43,7 @@ func TestSignKMod(t *testing.T) {
 		writeFile(t, at("content"), string(module))
 		mustEnv(t, os.Environ(), "openssl", "cms", "-verify", "-binary", "-inform", "DER", "-in", at("sig"), "-content", at("content"),
 			"-certfile", at("cert.pem"), "-CAfile", at("cert.pem"), "-nointern", "-purpose", "any", "-out", "/dev/null")
+		g.must(t, "signwarden", "verify", "kmod", "--cert", at("cert.pem"), at("m.ko"))
 		if e := g.audit(t, 1)[0].Entry; e["format"] != "kmod" || e["claim_file"] != "m.ko" || e["key"] != a {
 			t.Errorf("audit entry %v", e)
 		}
@@ -84,6 +85,10 @@ func TestSignCMS(t *testing.T) {
 			if r := runEnv(t, os.Environ(), "openssl", append(verify, at("cert.pem"))...); r.code == 0 {
 				t.Error("openssl accepts it over another file: this test could not fail")
 			}
+			g.must(t, "signwarden", "verify", "cms", "--key", a, at("disk.img"))
+			if r := g.try(t, "signwarden", "verify", "cms", "--key", a, "--signature", at("disk.img.p7s"), at("cert.pem")); r.code != 3 {
+				t.Errorf("over another file: exit code %d, want 3: %s", r.code, r.stderr)
+			}
 		}
 	}
 }
@@ -107,6 +112,10 @@ func TestSignEFI(t *testing.T) {
 		}
 		g.must(t, "signwarden", "sign", "efi", "--key", "boot", to)
 		mustEnv(t, os.Environ(), "sbverify", "--cert", filepath.Join(dir, "cert.pem"), to)
+		g.must(t, "signwarden", "verify", "efi", "--key", "boot", to)
+		if r := g.try(t, "signwarden", "verify", "efi", "--key", "boot", image); r.code != 3 {
+			t.Errorf("the unsigned image: exit code %d, want 3: %s", r.code, r.stderr)
+		}
 		if info, err := os.Stat(to); err != nil || info.Mode().Perm() != 0o640 {
 			t.Errorf("mode %v, %v; want 0640", info.Mode(), err)
 		}

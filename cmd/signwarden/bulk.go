@@ -67,7 +67,7 @@ type outcome struct {
 func (b *bulk) flags(c *cobra.Command) {
 	c.Flags().BoolVarP(&b.recursive, "recursive", "r", false, "take the files of directories, and of those in them")
 	c.Flags().StringVar(&b.files0, "files0-from", "", "take file names, each ended by a NUL, from this file; - is standard input")
-	c.Flags().IntVar(&b.jobs, "jobs", 4*runtime.NumCPU(), "files read or written at a time")
+	c.Flags().IntVar(&b.jobs, "jobs", min(4*runtime.NumCPU(), maxWindow), "files read or written at a time")
 	c.Flags().IntVar(&b.window, "window", defaultWindow, "files under way, those that wait for the gateway too")
 	c.Flags().StringVar(&b.resume, "resume", "", "journal: note there what is done, and skip what it says is done")
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -172,6 +173,9 @@ func (j *openpgpJob) sign(ctx context.Context, args []string) error {
 	}
 	if err := j.check(files); err != nil {
 		return err
+	}
+	if j.resume != "" && (j.output == "-" || slices.Contains(files, "-")) {
+		return exit.UsageError("--resume goes with files, not with - for standard input or output")
 	}
 	return j.a.with(func(c *client.Client) error {
 		k, err := j.a.openpgpKey(ctx, c, j.key)

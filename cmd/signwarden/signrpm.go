@@ -66,6 +66,9 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 	if j.options.Hash, err = j.hash.hash(); err != nil {
 		return err
 	}
+	if j.output == "-" {
+		return exit.UsageError("--output: a package is written to a file")
+	}
 	files, err := j.list(args, func(path string) bool { return filepath.Ext(path) == ".rpm" })
 	if err != nil {
 		return err
@@ -148,7 +151,7 @@ func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, ima cry
 func rpmHint(err error) error {
 	switch {
 	case errors.Is(err, rpm.ErrLink):
-		return exit.Hint(err, "--follow-symlinks or --hard-links signs it all the same; --output-dir writes a copy")
+		return exit.Hint(err, "--follow-symlinks or --hard-links signs it all the same")
 	case errors.Is(err, rpm.ErrDigest):
 		return exit.Hint(err, "it is damaged or still being written; nothing was signed")
 	case errors.Is(err, rpm.ErrLocked):

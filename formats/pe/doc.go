@@ -8,8 +8,8 @@
 // # What it promises
 //
 //  1. Nothing is written before the signature was checked with the certificate, and nothing after an error of it.
-//  2. The digest is the one that every tool and firmware computes. They agree only where headers and sections follow
-//     each other without a gap or an overlap; an image where they do not is refused with ErrLayout.
+//  2. The digest is the one that firmware computes. Others agree with it only where headers and sections follow each
+//     other without a gap or an overlap; an image where they do not is refused with ErrLayout.
 //  3. The signer is asked only about an image that Parse accepted, with a certificate table that can be read.
 //  4. Signatures of others are kept, unless Options.Replace is set. One by the same certificate is replaced, so that
 //     signing twice is signing once.

@@ -79,6 +79,10 @@ func TestRefused(t *testing.T) {
 			if !errors.Is(err, tt.want) || m != nil {
 				t.Errorf("got %v, want %v", err, tt.want)
 			}
+			want := len(tt.image) > 0x100 && tt.name != "no MZ" && tt.name != "no PE" && tt.name != "PE header out of reach"
+			if got := pe.Recognize(bytes.NewReader(tt.image), int64(len(tt.image))); got != want {
+				t.Errorf("recognised: %v, want %v", got, want)
+			}
 		})
 	}
 }
@@ -128,6 +132,9 @@ func check(t testing.TB, s subject, b []byte, signToo bool) bool {
 			t.Errorf("Parse: got %v", err)
 		}
 		return false
+	}
+	if !pe.Recognize(bytes.NewReader(b), int64(len(b))) {
+		t.Error("parsed, and not recognised")
 	}
 	trusted := []*x509.Certificate{s.cert}
 	_, err = m.Verify(trusted)

@@ -104,7 +104,7 @@ var hints = map[error]string{
 	sigerr.Overloaded:      "try again later, or with fewer requests at a time",
 	sigerr.Unavailable:     "is the gateway running, and does its log say why it cannot serve? `signwarden ping --wait 10s` waits for it",
 	sigerr.TokenFailed:     "the gateway's log and audit log say what the token answered; `signwardend check` examines it",
-	sigerr.Unauthenticated: "ask the gateway's administrator for a new profile: `signwardend client create NAME`",
+	sigerr.Unauthenticated: "is it the right client profile, and are its address and server_name right? `signwardend client create NAME` makes a new one",
 }
 
 // Print writes err as "prog: message" and, where there is one, "hint: what to do".
