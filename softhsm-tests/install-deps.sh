@@ -27,6 +27,15 @@ need openssl openssl openssl
 need sqlite3 sqlite3 sqlite
 need evmctl ima-evm-utils ima-evm-utils
 need sbverify sbsigntool sbsigntools
+need pesign pesign pesign
+need osslsigncode osslsigncode osslsigncode
+need sign-efi-sig-list efitools efitools
+need modinfo kmod kmod
+need xz xz-utils xz
+need zstd zstd zstd
+# The kernel's sign-file: a package named after the kernel's version, found below.
+sign_file() { ls /usr/lib/linux-kbuild-*/scripts/sign-file /usr/src/kernels/*/scripts/sign-file /usr/src/linux-headers-*/scripts/sign-file 2>/dev/null | head -n 1; }
+[ -n "$(sign_file)" ] || { missing_deb="$missing_deb linux-kbuild" missing_rpm="$missing_rpm kernel-devel"; }
 
 [ -n "$missing_deb" ] || exit 0
 if [ "$(id -u)" != 0 ]; then
@@ -38,6 +47,8 @@ if command -v apt-get >/dev/null 2>&1; then
     echo "install-deps: installing$missing_deb" >&2
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -q >/dev/null
+    kbuild=$(apt-cache search --names-only '^linux-kbuild-[0-9.]*$' | cut -d' ' -f1 | sort -V | tail -n 1)
+    missing_deb=$(echo "$missing_deb" | sed "s/linux-kbuild\$/${kbuild:-linux-headers-generic}/")
     # shellcheck disable=SC2086 # a list of words
     apt-get install -q -y --no-install-recommends $missing_deb >/dev/null
 elif command -v dnf >/dev/null 2>&1; then
