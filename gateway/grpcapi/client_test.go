@@ -94,6 +94,23 @@ type busy struct{}
 func (busy) Error() string { return "busy" }
 func (busy) Busy() bool    { return true }
 
+// deadline is a context whose deadline passes when the test says so.
+type deadline struct {
+	context.Context
+	passed chan struct{}
+}
+
+func (d deadline) Done() <-chan struct{} { return d.passed }
+
+func (d deadline) Err() error {
+	select {
+	case <-d.passed:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
 func TestContexts(t *testing.T) {
 	t.Parallel()
 	f := gatewaytest.New(t, "")
@@ -115,10 +132,13 @@ func TestContexts(t *testing.T) {
 		t.Cleanup(cancel)
 		return ctx
 	}
-	if _, err := cl.Sign(short(), clientRequest("k", "late")); !errors.Is(err, sigerr.Timeout) {
-		t.Errorf("a deadline at the token: got %v, want Timeout", err)
-	}
+	late := deadline{t.Context(), make(chan struct{})}
+	answered := signLater(late, cl, clientRequest("k", "late"))
 	<-h.entered
+	close(late.passed)
+	if got := <-answered; !errors.Is(got.err, sigerr.Timeout) {
+		t.Errorf("a deadline at the token: got %v, want Timeout", got.err)
+	}
 	// Both places are taken by what nobody waits for any more.
 	if _, err := cl.Sign(short(), clientRequest("k", "no-place")); !errors.Is(err, sigerr.Timeout) {
 		t.Errorf("a deadline before there is a place: got %v, want Timeout", err)
@@ -137,6 +157,9 @@ func TestContexts(t *testing.T) {
 	// What was given up is signed once, and can be had under its id.
 	again := clientRequest("k", "canceled")
 	sig, err := cl.Sign(t.Context(), again)
+	for errors.Is(err, sigerr.Conflict) { // its answer is still on its way
+		sig, err = cl.Sign(t.Context(), again)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

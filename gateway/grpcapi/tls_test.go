@@ -451,3 +451,25 @@ func TestRefusedClientIsLogged(t *testing.T) {
 		}
 	}
 }
+
+// Every connection proves itself anew: there are no tickets to resume with.
+func TestNoResumption(t *testing.T) {
+	t.Parallel()
+	s := serve(t, gatewaytest.New(t, ""))
+	conf := s.profile(t, "root").TLS.Clone()
+	conf.ClientSessionCache, conf.NextProtos = tls.NewLRUClientSessionCache(4), []string{"h2"}
+	for range 3 {
+		c, err := tls.Dial("tcp", s.addr, conf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// A ticket would come before the first bytes of HTTP/2.
+		if _, err := c.Read(make([]byte, 9)); err != nil {
+			t.Fatal(err)
+		}
+		if c.ConnectionState().DidResume {
+			t.Error("the connection was resumed")
+		}
+		c.Close()
+	}
+}
