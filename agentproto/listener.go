@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 const (
@@ -55,9 +57,10 @@ type Config struct {
 
 // Listener is a listening agent socket. It is safe for concurrent use.
 type Listener struct {
-	cfg  Config
-	sock *socket
-	log  *slog.Logger
+	cfg   Config
+	sock  *socket
+	log   *slog.Logger
+	lines *rate.Limiter // of refused connections in the log
 
 	// mu guards the fields below. It is held for map operations and for setting
 	// a connection's deadline, never while waiting; so a slow peer blocks nobody.
@@ -98,6 +101,7 @@ func Listen(cfg Config) (*Listener, error) {
 		cfg:    cfg,
 		sock:   sock,
 		log:    cfg.Logger.With("socket", cfg.Path),
+		lines:  rate.NewLimiter(rate.Every(time.Second), 10), // who may not connect must not fill the log
 		conns:  make(map[*conn]Peer),
 		perUID: make(map[uint32]int),
 	}, nil
@@ -179,16 +183,23 @@ func (l *Listener) accept(ctx context.Context, serve func(*conn, Peer)) error {
 	}
 }
 
+// refused tells the log of a connection that was refused, within a rate.
+func (l *Listener) refused(why string, attrs ...any) {
+	if l.lines.Allow() {
+		l.log.Warn("connection refused: "+why, attrs...)
+	}
+}
+
 // admit counts c in, or closes it. Nothing is read from it before.
 func (l *Listener) admit(c *net.UnixConn) (*conn, Peer, bool) {
 	p, err := peerOf(c)
 	if err != nil {
-		l.log.Warn("connection refused: no peer credentials", "err", err)
+		l.refused("no peer credentials", "err", err)
 		c.Close()
 		return nil, Peer{}, false
 	}
 	if !slices.Contains(l.cfg.UIDs, p.UID) {
-		l.log.Warn("connection refused: uid not allowed", "peer", p)
+		l.refused("uid not allowed", "peer", p)
 		c.Close()
 		return nil, Peer{}, false
 	}
@@ -202,7 +213,7 @@ func (l *Listener) admit(c *net.UnixConn) (*conn, Peer, bool) {
 	}
 	l.mu.Unlock()
 	if full {
-		l.log.Warn("connection refused: too many", "peer", p, "conns", all, "conns_of_uid", own)
+		l.refused("too many", "peer", p, "conns", all, "conns_of_uid", own)
 		c.Close()
 		return nil, Peer{}, false
 	}

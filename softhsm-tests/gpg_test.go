@@ -213,6 +213,13 @@ func TestExec(t *testing.T) {
 			}
 		})
 	}
+	t.Run("long TMPDIR", func(t *testing.T) {
+		long := *g
+		long.env = append(append([]string(nil), g.env...), "TMPDIR="+filepath.Join(t.TempDir(), strings.Repeat("x", 100)))
+		file := filepath.Join(t.TempDir(), "file")
+		writeFile(t, file, "text")
+		long.must(t, "signwarden", "exec", "--", "gpg", "--batch", "-u", "rel@example.org", "--detach-sign", file)
+	})
 	t.Run("a signal is passed on", func(t *testing.T) {
 		dir := t.TempDir()
 		cmd := exec.Command(filepath.Join(bin, "signwarden"), "exec", "--", "sh", "-c",

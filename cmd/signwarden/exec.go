@@ -169,6 +169,9 @@ func (a *app) forRPM(argv []string) []string {
 	return slices.Concat(argv[:1], []string{"--define", "__gpg " + gpg}, argv[1:])
 }
 
+// maxTempDir is the longest TMPDIR in which a GNUPGHOME has room for its sockets.
+const maxTempDir = 60
+
 // gnupgHome is a GNUPGHOME for one command.
 type gnupgHome struct {
 	dir, socket string
@@ -179,7 +182,13 @@ type gnupgHome struct {
 // newGnuPGHome makes the directory and asks gpgconf where gpg will look for its
 // agent in it: beside the other files, or under /run/user where that exists.
 func newGnuPGHome() (*gnupgHome, error) {
-	dir, err := os.MkdirTemp("", "signwarden-")
+	// A socket's path has 107 bytes at most (unix(7)), and gpg's own sockets have
+	// names of up to 20 in this directory.
+	base := os.TempDir()
+	if len(base) > maxTempDir {
+		base = "/tmp"
+	}
+	dir, err := os.MkdirTemp(base, "signwarden-")
 	if err != nil {
 		return nil, fmt.Errorf("making a GNUPGHOME: %w", err)
 	}
