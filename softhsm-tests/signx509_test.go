@@ -2,11 +2,15 @@ package softhsm_test
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/binary"
+	"encoding/pem"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/signwarden/signwarden/formats/efivar"
 )
 
 // Kernel modules signed in place: what is appended is what the kernel wants, and
@@ -122,5 +126,57 @@ func TestSignEFI(t *testing.T) {
 		if e := g.audit(t, 1)[0].Entry; e["format"] != "authenticode" {
 			t.Errorf("audit entry %v", e)
 		}
+	}
+}
+
+// Updates of EFI variables, of a list that efitools made. (formats/efivar compares
+// its updates with those of efitools byte for byte.)
+func TestSignEFIVar(t *testing.T) {
+	g := newGateway(t)
+	g.must(t, "signwarden", "key", "create", "kek", "--algorithm", "rsa2048")
+	g.must(t, "signwarden", "key", "cert", "kek", "--self-signed", "--subject", "CN=kek", "--usage", "efi")
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	writeFile(t, at("cert.pem"), g.must(t, "signwarden", "key", "export", "kek", "--format", "x509"))
+	mustEnv(t, os.Environ(), "cert-to-efi-sig-list", "-g", "8be4df61-93ca-11d2-aa0d-00e098032b8c", at("cert.pem"), at("db.esl"))
+	esl, err := os.ReadFile(at("db.esl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode([]byte(g.must(t, "signwarden", "key", "export", "kek", "--format", "x509")))
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, _ := efivar.Lookup("db")
+	for _, tt := range []struct {
+		args       []string
+		attributes uint32
+	}{{nil, efivar.Replacing}, {[]string{"--append"}, efivar.Appending}} {
+		g.must(t, "signwarden", append([]string{"sign", "efivar", "--key", "kek", "--variable", "db", "--force", at("db.esl")}, tt.args...)...)
+		auth, err := os.ReadFile(at("db.esl.auth"))
+		if err != nil || !bytes.HasSuffix(auth, esl) {
+			t.Fatalf("the update does not end with the lists (%v)", err)
+		}
+		u, err := efivar.Parse(auth)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := u.Verify(db, tt.attributes, []*x509.Certificate{cert}); err != nil {
+			t.Errorf("%q: %v", tt.args, err)
+		}
+		if _, err := u.Verify(db, tt.attributes^efivar.AppendWrite, []*x509.Certificate{cert}); err == nil {
+			t.Errorf("%q: it verifies with other attributes", tt.args)
+		}
+	}
+	writeFile(t, at("bad.esl"), "no list")
+	rows := len(g.audit(t, 1000))
+	for _, args := range [][]string{{"--variable", "db", at("bad.esl")}, {"--variable", "Boot0001", at("db.esl")}} {
+		if r := g.try(t, "signwarden", append([]string{"sign", "efivar", "--key", "kek", "--force"}, args...)...); r.code == 0 {
+			t.Errorf("%q is signed", args)
+		}
+	}
+	if now := len(g.audit(t, 1000)); now != rows {
+		t.Errorf("%d requests were sent for nothing", now-rows)
 	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/formats/cms"
+	"github.com/signwarden/signwarden/formats/efivar"
 	"github.com/signwarden/signwarden/formats/kmod"
 	"github.com/signwarden/signwarden/formats/pe"
 	"github.com/signwarden/signwarden/gateway/client"
@@ -93,6 +94,55 @@ signed attributes and the key's certificate chain.`,
 	c.Example = `  signwarden sign cms --key images disk.img
   openssl cms -verify -binary -inform DER -in disk.img.p7s -content disk.img -CAfile cert.pem -purpose any -out /dev/null`
 	c.Flags().BoolVar(&j.pem, "pem", false, "write PEM")
+	return c
+}
+
+// maxVariable bounds the contents of an EFI variable, in bytes: firmware keeps
+// some tens of kilobytes.
+const maxVariable = 1 << 20
+
+func (a *app) signEFIVar() *cobra.Command {
+	j := &x509Job{bulk: bulk{a: a}, format: "efi-variable", suffix: ".auth"}
+	var name string
+	var add bool
+	c := j.command("efivar --key NAME --variable PK|KEK|db|dbx FILE...", "Sign updates of EFI variables",
+		`efivar makes FILE.auth, an authenticated update that sets a Secure Boot variable to the
+signature lists in FILE (EFI_SIGNATURE_LIST, as cert-to-efi-sig-list makes them), or
+with --append adds them to it. An empty FILE makes an update that deletes the variable.`,
+		func(path string) bool { return filepath.Ext(path) == ".esl" },
+		func(s signing) error {
+			v, ok := efivar.Lookup(name)
+			if !ok {
+				return exit.UsageError("--variable %q is not PK, KEK, db or dbx", name)
+			}
+			data, err := io.ReadAll(io.LimitReader(s.in, maxVariable+1))
+			if err != nil {
+				return err
+			}
+			if len(data) > maxVariable {
+				return fmt.Errorf("has over %d bytes", maxVariable)
+			}
+			if _, err := efivar.ParseLists(data); err != nil {
+				return err
+			}
+			o := efivar.Options{Certificate: s.key.X509[0], Chain: s.key.X509[1:], Hash: j.h, Time: time.Now().UTC().Truncate(time.Second)}
+			if add {
+				o.Attributes = efivar.Appending
+			}
+			out, err := efivar.Sign(s.signer, v, data, o)
+			if err != nil {
+				return err
+			}
+			_, err = s.w.Write(out)
+			return err
+		})
+	c.Example = `  cert-to-efi-sig-list -g "$(uuidgen)" db.pem db.esl
+  signwarden sign efivar --key kek --variable db db.esl`
+	c.Flags().StringVar(&name, "variable", "", "PK, KEK, db or dbx")
+	c.Flags().BoolVar(&add, "append", false, "add to what the variable holds")
+	if err := c.MarkFlagRequired("variable"); err != nil {
+		panic(err) // the flag is defined above
+	}
 	return c
 }
 
