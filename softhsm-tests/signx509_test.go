@@ -180,3 +180,47 @@ func TestSignEFIVar(t *testing.T) {
 		t.Errorf("%d requests were sent for nothing", now-rows)
 	}
 }
+
+// A directory of all kinds: each file is signed as what it holds, whatever its
+// name, and the rest is left alone.
+func TestSignAuto(t *testing.T) {
+	g := newGateway(t)
+	g.key(t, "rel", "rsa2048")
+	g.must(t, "signwarden", "key", "cert", "rel", "--self-signed", "--subject", "CN=rel")
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	mustEnv(t, os.Environ(), "cp", buildRPMs(t, 1)[0], at("package.bin"))
+	mustEnv(t, os.Environ(), "sh", "-c", "cp $(ls /usr/lib/systemd/boot/efi/systemd-boot*.efi | head -n 1) "+at("boot.img"))
+	writeFile(t, at("m.c"), "int init_module(void) { return 0; }\n")
+	mustEnv(t, os.Environ(), "gcc", "-c", "-o", at("m.ko"), at("m.c"))
+	mustEnv(t, os.Environ(), "cp", at("m.ko"), at("m.o")) // an object file, and no module
+	writeFile(t, at("fake.rpm"), "not a package")
+	before := map[string][]byte{}
+	for _, name := range []string{"m.c", "m.o", "fake.rpm"} {
+		b, err := os.ReadFile(at(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		before[name] = b
+	}
+	rows := len(g.audit(t, 1000))
+	g.must(t, "signwarden", "sign", "auto", "--key", "rel", "-r", dir)
+	g.must(t, "signwarden", "verify", "rpm", "--key", "rel", at("package.bin"))
+	g.must(t, "signwarden", "verify", "efi", "--key", "rel", at("boot.img"))
+	g.must(t, "signwarden", "verify", "kmod", "--key", "rel", at("m.ko"))
+	formats := map[string]int{}
+	for _, e := range g.audit(t, 1000)[rows:] {
+		formats[e.Entry["format"]]++
+	}
+	if formats["rpm"] != 1 || formats["authenticode"] != 1 || formats["kmod"] != 1 || len(formats) != 3 {
+		t.Errorf("asked for %v, want one rpm, authenticode and kmod", formats)
+	}
+	for name, b := range before {
+		if now, err := os.ReadFile(at(name)); err != nil || !bytes.Equal(now, b) {
+			t.Errorf("%s was changed (%v)", name, err)
+		}
+	}
+	if r := g.try(t, "signwarden", "sign", "auto", "--key", "rel", at("fake.rpm")); r.code != 1 || !strings.Contains(r.stderr, "sign openpgp") {
+		t.Errorf("a file of no kind: exit code %d: %s", r.code, r.stderr)
+	}
+}

@@ -356,8 +356,7 @@ func export(k client.Key, format string) ([]byte, error) {
 		return b.Bytes(), err
 	case "x509":
 		if len(k.X509) == 0 {
-			return nil, exit.Hint(exit.UsageError("key %q has no X.509 certificate", k.Name),
-				"make one: signwarden key cert %s --self-signed --subject CN=... --usage codesign; or see signwarden key csr", k.Name)
+			return nil, noX509(k.Name)
 		}
 		var out []byte
 		for _, c := range k.X509 {

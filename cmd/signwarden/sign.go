@@ -21,7 +21,7 @@ import (
 
 func (a *app) signCommand() *cobra.Command {
 	c := &cobra.Command{Use: "sign", Short: "Sign files"}
-	c.AddCommand(a.signOpenPGP(), a.signRPM(), a.signKMod(), a.signEFI(), a.signEFIVar(), a.signCMS())
+	c.AddCommand(a.signOpenPGP(), a.signRPM(), a.signKMod(), a.signEFI(), a.signEFIVar(), a.signCMS(), a.signAuto())
 	return c
 }
 
@@ -88,6 +88,11 @@ func (a *app) openpgpKey(ctx context.Context, c *client.Client, name string) (op
 	if err != nil {
 		return openpgpKey{}, err
 	}
+	return asOpenPGP(k)
+}
+
+// asOpenPGP reads a key's OpenPGP certificate.
+func asOpenPGP(k client.Key) (openpgpKey, error) {
 	if k.OpenPGP == nil {
 		return openpgpKey{}, exit.Hint(exit.UsageError("key %q has no OpenPGP certificate", k.Name), "make one with: signwarden key create NAME --openpgp-uid ...")
 	}

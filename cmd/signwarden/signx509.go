@@ -29,7 +29,8 @@ type x509Job struct {
 	key, format string // of the policy
 	hash        hashFlag
 	h           crypto.Hash
-	keep        bool // what other signers have put into the file
+	keep        bool // a signature that a module has
+	alone       bool // take the other signatures of an image off
 	skid        bool
 	pem         bool
 	suffix      string // of a detached signature; empty: the file carries it
@@ -53,13 +54,7 @@ that is there is replaced, or with --refuse-signed the module is left alone.
 
 The kernel looks the certificate up by issuer and serial number (with --skid, by
 key identifier): enrol the one that signwarden key export NAME --format x509 prints.`,
-		func(path string) bool {
-			name := strings.TrimSuffix(strings.TrimSuffix(strings.TrimSuffix(path, ".xz"), ".zst"), ".gz")
-			return filepath.Ext(name) == ".ko"
-		},
-		func(s signing) error {
-			return kmod.Sign(s.w, s.in, s.size, s.signer, kmod.Options{Certificate: s.key.X509[0], Hash: j.h, SubjectKeyID: j.skid, Replace: !j.keep})
-		})
+		isModule, j.module)
 	c.Flags().BoolVar(&j.keep, "refuse-signed", false, "fail with a module that is signed")
 	c.Flags().BoolVar(&j.skid, "skid", false, "name the certificate by its key identifier (sign-file -k)")
 	return c
@@ -67,20 +62,13 @@ key identifier): enrol the one that signwarden key export NAME --format x509 pri
 
 func (a *app) signEFI() *cobra.Command {
 	j := &x509Job{bulk: bulk{a: a}, format: "authenticode"}
-	replace := false
 	c := j.command("efi --key NAME FILE...", "Sign EFI images, in place",
 		`efi puts an Authenticode signature into EFI images (PE files), as sbsign and pesign do,
 with the key's certificate and those that issued it. Other signatures stay, unless
 --replace is given. An image whose layout tools would hash differently is refused.`,
 		func(path string) bool { return filepath.Ext(path) == ".efi" },
-		func(s signing) error {
-			m, err := pe.Parse(s.in, s.size)
-			if err != nil {
-				return err
-			}
-			return m.Sign(s.w, s.signer, pe.Options{Certificate: s.key.X509[0], Chain: s.key.X509[1:], Hash: j.h, SigningTime: time.Now(), Replace: replace})
-		})
-	c.Flags().BoolVar(&replace, "replace", false, "take all other signatures off")
+		j.image)
+	c.Flags().BoolVar(&j.alone, "replace", false, "take all other signatures off")
 	return c
 }
 
@@ -90,7 +78,7 @@ func (a *app) signCMS() *cobra.Command {
 		`cms makes FILE.p7s, a detached CMS signature (RFC 5652, DER; with --pem PEM) with
 signed attributes and the key's certificate chain.`,
 		func(path string) bool { return filepath.Ext(path) != ".p7s" },
-		func(s signing) error { return j.detached(s) })
+		j.detached)
 	c.Example = `  signwarden sign cms --key images disk.img
   openssl cms -verify -binary -inform DER -in disk.img.p7s -content disk.img -CAfile cert.pem -purpose any -out /dev/null`
 	c.Flags().BoolVar(&j.pem, "pem", false, "write PEM")
@@ -146,6 +134,24 @@ with --append adds them to it. An empty FILE makes an update that deletes the va
 	return c
 }
 
+// isModule goes by the name: a directory of modules holds other files too.
+func isModule(path string) bool {
+	name := strings.TrimSuffix(strings.TrimSuffix(strings.TrimSuffix(path, ".xz"), ".zst"), ".gz")
+	return filepath.Ext(name) == ".ko"
+}
+
+func (j *x509Job) module(s signing) error {
+	return kmod.Sign(s.w, s.in, s.size, s.signer, kmod.Options{Certificate: s.key.X509[0], Hash: j.h, SubjectKeyID: j.skid, Replace: !j.keep})
+}
+
+func (j *x509Job) image(s signing) error {
+	m, err := pe.Parse(s.in, s.size)
+	if err != nil {
+		return err
+	}
+	return m.Sign(s.w, s.signer, pe.Options{Certificate: s.key.X509[0], Chain: s.key.X509[1:], Hash: j.h, SigningTime: time.Now(), Replace: j.alone})
+}
+
 // command builds the command; sign makes what is written of one file.
 func (j *x509Job) command(use, short, long string, keep func(string) bool, sign func(signing) error) *cobra.Command {
 	c := &cobra.Command{
@@ -185,14 +191,18 @@ func (j *x509Job) sign(ctx context.Context, args []string, keep func(string) boo
 			return err
 		}
 		if len(k.X509) == 0 {
-			return exit.Hint(exit.UsageError("key %q has no X.509 certificate", k.Name),
-				"make one: signwarden key cert %s --self-signed --subject CN=... --usage codesign|kmod|efi; or see signwarden key csr", k.Name)
+			return noX509(k.Name)
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
 			signer := waiting{c.Signer(ctx, k, j.format, client.Claim{File: filepath.Base(file)}), &j.bulk}
 			return j.signFile(ctx, k, signer, file, sign)
 		})
 	})
+}
+
+func noX509(name string) error {
+	return exit.Hint(exit.UsageError("key %q has no X.509 certificate", name),
+		"make one: signwarden key cert %s --self-signed --subject CN=... --usage codesign|kmod|efi; or see signwarden key csr", name)
 }
 
 func (j *x509Job) signFile(ctx context.Context, k client.Key, signer crypto.Signer, file string, sign func(signing) error) (string, error) {

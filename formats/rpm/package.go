@@ -138,6 +138,13 @@ type Package struct {
 	body   int64  // offset of the payload
 }
 
+// Recognize reports whether a file begins as a package. That is all that can be said without reading it.
+func Recognize(r io.ReaderAt) bool {
+	magic := make([]byte, len(leadMagic))
+	_, err := r.ReadAt(magic, 0)
+	return err == nil && bytes.Equal(magic, leadMagic)
+}
+
 // ReadPackage reads a package of size bytes. It takes no more memory than the two headers have, which are capped and
 // within size, and does not read the payload.
 func ReadPackage(r io.ReaderAt, size int64) (*Package, error) {
