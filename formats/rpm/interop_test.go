@@ -52,9 +52,11 @@ func TestRPMSign(t *testing.T) {
 	}
 	db := rpmDB(t, ed())
 	must(t, "rpmkeys", "--dbpath", db, "--import", file(t, "peer.asc", []byte(cert)))
-	rpmsign := func(path string, args ...string) {
+	// Debian's rpm looks for /usr/bin/gpg2, which its gnupg does not have.
+	gpg := "__gpg " + peer(t, "gpg")
+	rpmsign := func(t *testing.T, path string, args ...string) {
 		t.Helper()
-		args = append([]string{"--define", "_gpg_name peer"}, append(args, path)...)
+		args = append([]string{"--define", gpg, "--define", "_gpg_name peer"}, append(args, path)...)
 		out, err := run(t, env, "rpmsign", args...)
 		if err != nil {
 			t.Fatalf("rpmsign %q: %v\n%s", args, err, out)
@@ -64,7 +66,7 @@ func TestRPMSign(t *testing.T) {
 	for _, name := range []string{"w3.zstdio", "source", "no-reserve", "simple-1.0.1-1.i386.rpm"} {
 		t.Run(name, func(t *testing.T) {
 			path := file(t, "x.rpm", sign(t, all[name], ed(), rpm.Options{}))
-			rpmsign(path, "--resign")
+			rpmsign(t, path, "--resign")
 			rpmkeysOK(t, db, read(t, path))
 			_, err := open(t, read(t, path)).Verify(ed().cert, true)
 			if err == nil {
@@ -77,7 +79,7 @@ func TestRPMSign(t *testing.T) {
 				t.Errorf("Verify: %v", err)
 			}
 			path = file(t, "x.rpm", b)
-			rpmsign(path, "--delsign")
+			rpmsign(t, path, "--delsign")
 			rpmkeysUnsigned(t, db, read(t, path))
 			sigs, err := open(t, read(t, path)).Signatures()
 			if err != nil || len(sigs) != 0 {
