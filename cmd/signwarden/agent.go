@@ -54,9 +54,7 @@ the certificates: signwarden key export NAME | gpg --import`,
 		},
 	}
 	c.Flags().StringVar(&socket, "gpg-socket", "", "path of the socket, or auto")
-	if err := c.MarkFlagRequired("gpg-socket"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "gpg-socket")
 	return c
 }
 

@@ -78,9 +78,7 @@ the latency. Each is a real signature, decided on and recorded in the audit log.
 	sign.Flags().Int64Var(&j.count, "count", 0, "so many signatures, however long they take")
 	sign.Flags().BoolVar(&j.verify, "verify", false, "verify every signature here too")
 	sign.MarkFlagsMutuallyExclusive("duration", "count")
-	if err := sign.MarkFlagRequired("key"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(sign, "key")
 	c.AddCommand(sign)
 	return c
 }

@@ -99,9 +99,7 @@ key the result with: signwarden key cert NAME --import chain.pem`,
 		},
 	}
 	c.Flags().StringVar(&subject, "subject", "", `subject, like "CN=Example boot,O=Example"`)
-	if err := c.MarkFlagRequired("subject"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "subject")
 	return c
 }
 

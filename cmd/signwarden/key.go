@@ -201,9 +201,7 @@ certify-only primary key and this key as its signing subkey, or with
 	c.Flags().StringVar(&uid, "openpgp-uid", "", `user id of an OpenPGP certificate: "Name <address>"`)
 	c.Flags().StringVar(&layout, "layout", string(keys.Subkey), "shape of the certificate: subkey or single")
 	c.Flags().StringVar(&expires, "expires", "", "when the certificate expires: 90d, 12w, 18m (months), 5y, or a date 2030-01-31 (default: never)")
-	if err := c.MarkFlagRequired("algorithm"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "algorithm")
 	return c
 }
 

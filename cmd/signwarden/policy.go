@@ -62,9 +62,7 @@ Requests on open streams are decided by the new rules at once.`,
 		},
 	}
 	c.Flags().StringVarP(&file, "file", "f", "", "policy file; - is standard input")
-	if err := c.MarkFlagRequired("file"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "file")
 	return c
 }
 
@@ -134,9 +132,7 @@ Exit code 0: allowed; 4: denied.`,
 	c.Flags().StringVar(&q.Action, "action", "sign", "sign, read or admin")
 	c.Flags().StringVar(&q.Format, "format", "", "what the signature is for, like openpgp or rpm")
 	c.Flags().StringVar(&hash, "hash", "sha256", "the digest's hash")
-	if err := c.MarkFlagRequired("key"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "key")
 	return c
 }
 

@@ -158,9 +158,7 @@ one file does not stop the others; then the exit code is 6.`,
 	j.target.flags(c)
 	j.bulk.flags(c)
 	c.MarkFlagsMutuallyExclusive("armor", "clearsign")
-	if err := c.MarkFlagRequired("key"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "key")
 	return c
 }
 

@@ -39,9 +39,7 @@ images and modules.`,
 	c.Flags().StringVar(&j.key, "key", "", "name of the key")
 	j.target.flags(c)
 	j.bulk.flags(c)
-	if err := c.MarkFlagRequired("key"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "key")
 	return c
 }
 

@@ -55,9 +55,7 @@ begins no more files and lets those under way finish.`,
 	j.hash.flag(c)
 	j.target.flags(c)
 	j.bulk.flags(c)
-	if err := c.MarkFlagRequired("key"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "key")
 	return c
 }
 

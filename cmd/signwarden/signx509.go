@@ -128,9 +128,7 @@ with --append adds them to it. An empty FILE makes an update that deletes the va
   signwarden sign efivar --key kek --variable db db.esl`
 	c.Flags().StringVar(&name, "variable", "", "PK, KEK, db or dbx")
 	c.Flags().BoolVar(&add, "append", false, "add to what the variable holds")
-	if err := c.MarkFlagRequired("variable"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "variable")
 	return c
 }
 
@@ -167,9 +165,7 @@ code is 6.`,
 	j.hash.flag(c)
 	j.target.flags(c)
 	j.bulk.flags(c)
-	if err := c.MarkFlagRequired("key"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "key")
 	return c
 }
 

@@ -63,9 +63,7 @@ Without --dev it takes a token that exists: --module, --token-label and
 	c.Flags().StringVar(&f.module, "module", "", "PKCS#11 module (with --dev: where SoftHSM2's is not found by itself)")
 	c.Flags().StringVar(&f.tokenLabel, "token-label", "", "label of the token")
 	c.Flags().StringVar(&f.pin, "pin-file", "", "file with the token's user PIN, readable by its owner only")
-	if err := c.MarkFlagRequired("dir"); err != nil {
-		panic(err) // the flag is defined above
-	}
+	exit.Require(c, "dir")
 	return c
 }
 

@@ -142,3 +142,10 @@ func Execute(ctx context.Context, root *cobra.Command) error {
 	}
 	return err
 }
+
+// Require marks a flag that the command has as one that must be given.
+func Require(c *cobra.Command, flag string) {
+	if err := c.MarkFlagRequired(flag); err != nil {
+		panic(err) // there is no such flag: a mistake in the program
+	}
+}

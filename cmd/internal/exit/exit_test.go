@@ -63,9 +63,7 @@ func TestExecute(t *testing.T) {
 		root := &cobra.Command{Use: "prog", SilenceErrors: true, SilenceUsage: true}
 		need := &cobra.Command{Use: "need", RunE: func(*cobra.Command, []string) error { return nil }}
 		need.Flags().String("f", "", "")
-		if err := need.MarkFlagRequired("f"); err != nil {
-			t.Fatal(err)
-		}
+		exit.Require(need, "f")
 		root.AddCommand(need, &cobra.Command{Use: "run", Args: cobra.NoArgs, RunE: func(*cobra.Command, []string) error { return errors.New("x") }})
 		root.SetArgs(strings.Fields(tt.args))
 		if got := exit.Code(exit.Execute(t.Context(), root)); got != tt.want {
