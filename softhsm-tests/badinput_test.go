@@ -60,7 +60,7 @@ func TestBadInput(t *testing.T) {
 		{"key without certificate", g, []string{"sign", "openpgp", "--key", "bare", file}, 2, []string{"no OpenPGP certificate", "--openpgp-uid"}},
 		{"weak hash", g, []string{"sign", "openpgp", "--key", "rel", "--hash", "sha1", file}, 2, []string{"sha256, sha384 or sha512"}},
 		{"missing file", g, []string{"sign", "openpgp", "--key", "rel", file + "x"}, 1, []string{"cannot be read", "no such file"}},
-		{"directory", g, []string{"sign", "openpgp", "--key", "rel", dir}, 1, []string{"directory"}},
+		{"directory", g, []string{"sign", "openpgp", "--key", "rel", dir}, 2, []string{"is a directory", "-r"}},
 		{"existing signature", g, []string{"sign", "openpgp", "--key", "rel", filepath.Join(dir, "done")}, 1, []string{"exists", "--force"}},
 		{"output directory missing", g, []string{"sign", "openpgp", "--key", "rel", "--output", dir + "/no/file.sig", file}, 1, []string{"cannot be written"}},
 		{"some of several", g, []string{"sign", "openpgp", "--key", "rel", "--force", file, file + "x"}, 6, []string{"1 of 2"}},

@@ -159,7 +159,7 @@ func TestBulkRun(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range []string{link, hard} {
-			if r := g.try(t, "signwarden", "sign", "rpm", "--key", "ed", f); r.code != 1 || !strings.Contains(r.stderr, "--output-dir") {
+			if r := g.try(t, "signwarden", "sign", "rpm", "--key", "ed", f); r.code != 1 || !strings.Contains(r.stderr, "--follow-symlinks or --hard-links") {
 				t.Errorf("%s: exit code %d: %s", f, r.code, r.stderr)
 			}
 		}

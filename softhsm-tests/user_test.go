@@ -63,17 +63,18 @@ func TestOrdinaryUser(t *testing.T) {
 	must("signwarden", "exec", "--", "gpg", "--batch", "--verify", "file.sig", "file")
 	must("signwarden", "exec", "--", "sh", "-c", `test "$(stat -c %a "$GNUPGHOME")" = 700`)
 
-	secret := filepath.Join(t.TempDir(), "secret")
-	if err := os.WriteFile(secret, []byte("x"), 0o600); err != nil {
+	public := shortDir(t)
+	if err := os.Chmod(public, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for dir := filepath.Dir(secret); dir != "/"; dir = filepath.Dir(dir) {
-		_ = os.Chmod(dir, 0o755)
+	secret := filepath.Join(public, "secret")
+	if err := os.WriteFile(secret, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
 	}
 	if out, code := as(home, "signwarden", "sign", "openpgp", "--key", "rel", "--output", "s.sig", secret); code != 1 || !strings.Contains(out, "cannot be read: permission denied") {
 		t.Errorf("an unreadable file: exit code %d: %s", code, out)
 	}
-	readOnly := filepath.Join(filepath.Dir(secret), "public")
+	readOnly := filepath.Join(public, "public")
 	writeFile(t, readOnly, "text")
 	if out, code := as(home, "signwarden", "sign", "openpgp", "--key", "rel", readOnly); code != 1 || !strings.Contains(out, "cannot be written") {
 		t.Errorf("a directory that may not be written: exit code %d: %s", code, out)

@@ -29,7 +29,8 @@ func main() {
 	// The first signal asks a command to end; the second ends the program.
 	context.AfterFunc(ctx, stop)
 	err := exit.Execute(ctx, newRoot(os.Stdin, os.Stdout, os.Stderr))
-	stop()
+	// The handler stays to the end: a signal that comes when all is done does not
+	// turn it into a failure.
 	if s, ok := errors.AsType[silent](err); ok {
 		os.Exit(int(s))
 	}
