@@ -120,7 +120,15 @@ func (b boundedCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	if !ok {
 		return b.CodecV2.Unmarshal(data, v)
 	}
-	return proto.UnmarshalOptions{DiscardUnknown: true}.Unmarshal(cutFields(data.Materialize(), pb.MaxItems+1), m)
+	whole := data.Materialize()
+	part := cutFields(whole, pb.MaxItems+1)
+	if err := (proto.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(part, m); err != nil {
+		return err
+	}
+	if len(part) < len(whole) && len(m.GetItems()) <= pb.MaxItems {
+		return fmt.Errorf("a message has over %d fields, and not all are items", pb.MaxItems) // none is dropped in silence
+	}
+	return nil
 }
 
 // malformedRest is how much of a malformed field is left for Unmarshal to find

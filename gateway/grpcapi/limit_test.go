@@ -92,9 +92,41 @@ func TestBoundedCodec(t *testing.T) {
 	if m, err = decode(b); err != nil || !proto.Equal(m, want) {
 		t.Errorf("%d items come back as %d, %v", pb.MaxItems, len(m.GetItems()), err)
 	}
-	for _, bad := range [][]byte{{0x0a}, {0x0a, 5, 1}, {0xff}, append(bytes.Clone(b), 0x0a, 0xff, 0xff)} {
+	padded := append(bytes.Repeat([]byte{0x78, 1}, pb.MaxItems), 0x0a, 0, 0x0a, 0) // field 15 is unknown
+	for _, bad := range [][]byte{{0x0a}, {0x0a, 5, 1}, {0xff}, append(bytes.Clone(b), 0x0a, 0xff, 0xff), padded} {
 		if _, err := decode(bad); err == nil {
 			t.Errorf("%x is decoded", bad[max(0, len(bad)-8):])
 		}
 	}
+}
+
+// What the bounded codec takes of a message within the bound is what the usual
+// one takes, and of a longer one it takes no more than tells so.
+func FuzzBoundedCodec(f *testing.F) {
+	whole, err := proto.Marshal(&pb.SignStreamRequest{Items: []*pb.SignItem{{Id: "id", Key: "k", Digest: make([]byte, 32)}, {}}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, seed := range [][]byte{nil, whole, whole[:len(whole)-1], bytes.Repeat([]byte{0x0a, 0}, pb.MaxItems+2), {0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f}} {
+		f.Add(seed)
+	}
+	usual := encoding.GetCodecV2("proto")
+	bounded := boundedCodec{usual}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, want := &pb.SignStreamRequest{}, &pb.SignStreamRequest{}
+		err := bounded.Unmarshal(mem.BufferSlice{mem.SliceBuffer(b)}, got)
+		if len(got.GetItems()) > pb.MaxItems+1 {
+			t.Fatalf("%d items are decoded", len(got.GetItems()))
+		}
+		werr := usual.Unmarshal(mem.BufferSlice{mem.SliceBuffer(b)}, want)
+		if werr != nil || len(want.GetItems()) > pb.MaxItems {
+			return // refused either way: as malformed, or as too many
+		}
+		if err == nil && len(got.GetItems()) != len(want.GetItems()) {
+			t.Fatalf("%d items, want %d", len(got.GetItems()), len(want.GetItems()))
+		}
+		if err != nil && len(b) < 2*pb.MaxItems {
+			t.Fatalf("refused: %v", err) // it has no room for so many fields
+		}
+	})
 }
