@@ -339,6 +339,13 @@ func (s *snapshot) manage(p ident.Principal, name string, action policy.Action, 
 type Visible struct {
 	*keys.Registered
 	MaySign bool // in some format
+	// Reads are the formats in which to send messages, not digests; see
+	// policy.Rules.Reads.
+	Reads []string
+}
+
+func (s *snapshot) visible(p ident.Principal, name string, now time.Time) Visible {
+	return Visible{s.keys.Get(name), s.rules.MaySignSome(p.Name(), name, now), s.rules.Reads(p.Name(), name, now)}
 }
 
 // Key tells of a key that some rule lets p sign with, read or administer.
@@ -351,11 +358,10 @@ func (g *Gateway) Key(ctx context.Context, p ident.Principal, name string) (Visi
 	if err != nil {
 		return Visible{}, err
 	}
-	k := s.keys.Get(name)
-	if k == nil || !s.rules.Sees(p.Name(), name, now) {
+	if s.keys.Get(name) == nil || !s.rules.Sees(p.Name(), name, now) {
 		return Visible{}, sigerr.NotFound
 	}
-	return Visible{k, s.rules.MaySignSome(p.Name(), name, now)}, nil
+	return s.visible(p, name, now), nil
 }
 
 // Keys tells of every key that p may see, by name.
@@ -371,7 +377,7 @@ func (g *Gateway) Keys(ctx context.Context, p ident.Principal) ([]Visible, error
 	var out []Visible
 	for _, name := range s.keys.Names() {
 		if s.rules.Sees(p.Name(), name, now) {
-			out = append(out, Visible{s.keys.Get(name), s.rules.MaySignSome(p.Name(), name, now)})
+			out = append(out, s.visible(p, name, now))
 		}
 	}
 	return out, nil
@@ -447,6 +453,13 @@ func checkQuery(q policy.Query) error {
 		return fmt.Errorf("%w: format %q is not one of %s", sigerr.Invalid, q.Format, strings.Join(policy.Formats, ", "))
 	case keys.Hashes[q.Hash] == 0:
 		return fmt.Errorf("%w: a digest of that hash is never signed; use SHA-256, SHA-384 or SHA-512", sigerr.Invalid)
+	case q.Package == nil:
+		return nil
+	case !slices.Contains(policy.ContentFormats, q.Format):
+		return fmt.Errorf("%w: of format %q the gateway reads nothing", sigerr.Invalid, q.Format)
+	}
+	if err := q.Package.Check(); err != nil {
+		return fmt.Errorf("%w: package: %w", sigerr.Invalid, err)
 	}
 	return nil
 }

@@ -39,6 +39,7 @@ type Config struct {
 	Token      Token
 	TokenLabel string       // recorded with keys that are made
 	Certify    Certify      // nil: no OpenPGP certificates can be made
+	Read       Read         // nil: messages are refused
 	Logger     *slog.Logger // nil: discards
 
 	// MaxInFlight bounds requests between admission and answer, over all
@@ -227,7 +228,11 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 	if err != nil {
 		return Signature{}, err
 	}
-	k, rule, err := s.decide(p, r, now) // 1, 4
+	pkg, err := g.read(s, p, &r, &e, now)
+	if err != nil {
+		return g.refuse(e, audit.Denied, err, err.Error())
+	}
+	k, rule, err := s.decide(p, r, pkg, now) // 1, 4
 	e.Rule = rule.Rule
 	if err != nil {
 		return g.refuse(e, audit.Denied, public(err), err.Error())
@@ -239,12 +244,12 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 	}
 	e.Scheme = string(scheme)
 	if r.ID == "" {
-		return g.sign(ctx, p, r, e, s, k, rule, scheme)
+		return g.sign(ctx, p, r, pkg, e, s, k, rule, scheme)
 	}
 	sig, err := g.dedup.do(ctx, p.Name(), r, func() (Signature, error) {
 		// Detached from the caller: one that hangs up and comes back with the
 		// same id finds the work done, and recorded once.
-		return g.sign(context.WithoutCancel(ctx), p, r, e, s, k, rule, scheme)
+		return g.sign(context.WithoutCancel(ctx), p, r, pkg, e, s, k, rule, scheme)
 	})
 	if errors.Is(err, sigerr.Conflict) {
 		return g.refuse(e, audit.Denied, err, err.Error())
@@ -252,9 +257,40 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 	return sig, err
 }
 
+// read turns a request's message into its digest and what was read of it, and
+// notes both in e. The message of who may sign nothing with that key is not read:
+// it will be denied, and is not worth the work. Nothing here depends on whether
+// there is such a key.
+func (g *Gateway) read(s *snapshot, p ident.Principal, r *Request, e *audit.Entry, now time.Time) (*policy.Package, error) {
+	if r.Message == nil {
+		return nil, nil
+	}
+	message := r.Message
+	r.Message = nil // to be freed while the token works
+	h := r.Hash.New()
+	h.Write(message)
+	r.Digest = h.Sum(nil)
+	e.Digest = hex.EncodeToString(r.Digest)
+	if !s.rules.MaySignSome(p.Name(), r.Key, now) {
+		return nil, nil
+	}
+	if g.c.Read == nil {
+		return nil, fmt.Errorf("%w: this gateway reads no messages; send digests", sigerr.Invalid)
+	}
+	pkg, err := g.c.Read(r.Format, r.Hash, message)
+	if err == nil {
+		err = pkg.Check()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: the message is not what signatures of format %s are made of: %w", sigerr.Invalid, r.Format, err)
+	}
+	e.NEVRA, e.Vendor = pkg.String(), pkg.Vendor
+	return pkg, nil
+}
+
 // sign is the part of Sign that happens once for an idempotency id: the
 // request is allowed under snapshot s.
-func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, e audit.Entry,
+func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, pkg *policy.Package, e audit.Entry,
 	s *snapshot, k *keys.Registered, rule policy.Decision, scheme keys.Scheme,
 ) (Signature, error) {
 	if err := s.limits.take(p.Name(), k.Name, rule, g.c.Now()); err != nil {
@@ -277,7 +313,7 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, e audi
 	if g.stale.Load() || g.snap.Load() != s {
 		now, err := g.current(context.WithoutCancel(ctx))
 		if err == nil {
-			_, _, err = now.decide(p, r, g.c.Now())
+			_, _, err = now.decide(p, r, pkg, g.c.Now())
 		}
 		if err != nil {
 			return g.refuse(e, audit.Denied, public(err), err.Error()+" (changed while the token worked)")
@@ -333,13 +369,13 @@ func public(err error) error {
 	return err
 }
 
-// decide looks the key up and asks the rules. Where it errs the caller must not
-// go on. Errors are for the audit log; public turns them into the caller's.
-func (s *snapshot) decide(p ident.Principal, r Request, now time.Time) (*keys.Registered, policy.Decision, error) {
+// decide looks the key up and asks the rules; pkg is what was read of the
+// request's message. Where it errs the caller must not go on. Errors are for the audit log; public turns them into the caller's.
+func (s *snapshot) decide(p ident.Principal, r Request, pkg *policy.Package, now time.Time) (*keys.Registered, policy.Decision, error) {
 	k := s.keys.Get(r.Key)
 	d := s.rules.Allow(policy.Query{
 		Principal: p.Name(), Key: r.Key, Action: policy.Sign, Now: now,
-		Format: r.Format, Blind: true, Hash: keys.HashName(r.Hash),
+		Format: r.Format, Blind: pkg == nil, Hash: keys.HashName(r.Hash), Package: pkg,
 	})
 	switch {
 	case k == nil:

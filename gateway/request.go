@@ -17,7 +17,8 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
-// Request asks for one signature over one digest.
+// Request asks for one signature over one digest, or over the digest of one
+// message.
 type Request struct {
 	// ID makes the request idempotent for a minute: the same id with the same
 	// content gets the same signature and one audit record, with other content
@@ -29,11 +30,14 @@ type Request struct {
 	// signs the digest's bytes as its message.
 	Digest []byte
 	Hash   crypto.Hash
+	// Message, in place of Digest, is what is to be hashed. The gateway hashes it
+	// and reads, by Format, what it is; a format that it cannot read is refused.
+	Message []byte
 	// Scheme; empty: the usual one of the key's algorithm.
 	Scheme keys.Scheme
 	// Format is what the front-end knows, or was told, the signature is for.
 	// Against a bare digest nothing can check it, so the rule that allows the
-	// request must allow blind signing.
+	// request must allow blind signing. A Message is read as what it says.
 	Format string
 	// FrontEnd is what took the request: grpc, gpg-agent, ...
 	FrontEnd string
@@ -52,6 +56,11 @@ const (
 	MaxID    = 64
 )
 
+// Read reads what a message of a format is, made to be hashed with hash. It
+// knows the formats of policy.ContentFormats, and takes no longer than reading
+// the message once does. Its errors are told to the caller.
+type Read func(format string, hash crypto.Hash, message []byte) (*policy.Package, error)
+
 // check refuses a request that is wrong whatever key it names, so that its
 // answer tells nothing about keys.
 func (r *Request) check() error {
@@ -65,11 +74,17 @@ func (r *Request) check() error {
 		}
 		return fmt.Errorf("%w: %s digests are not signed; use SHA-256, SHA-384 or SHA-512", sigerr.Invalid, name)
 	}
-	if len(r.Digest) != r.Hash.Size() {
+	if r.Message != nil && r.Digest != nil {
+		return fmt.Errorf("%w: a request has a digest or a message, not both", sigerr.Invalid)
+	}
+	if r.Message == nil && len(r.Digest) != r.Hash.Size() {
 		return fmt.Errorf("%w: the digest has %d bytes; one of %s has %d", sigerr.Invalid, len(r.Digest), r.Hash, r.Hash.Size())
 	}
 	if !slices.Contains(policy.Formats, r.Format) {
 		return fmt.Errorf("%w: format %q is not one of %s", sigerr.Invalid, r.Format, strings.Join(policy.Formats, ", "))
+	}
+	if r.Message != nil && !slices.Contains(policy.ContentFormats, r.Format) {
+		return fmt.Errorf("%w: the gateway reads messages of %s; send the digest of one of %q", sigerr.Invalid, strings.Join(policy.ContentFormats, ", "), r.Format)
 	}
 	if len(r.ID) > MaxID || strings.ContainsFunc(r.ID, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return fmt.Errorf("%w: the idempotency id must be at most %d printable ASCII characters", sigerr.Invalid, MaxID)

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/gateway/client"
 )
 
 // The bounds of a bulk run.
@@ -297,6 +298,28 @@ func (w waiting) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 	<-w.b.busy
 	defer func() { w.b.busy <- struct{}{} }()
 	return w.Signer.Sign(rand, digest, opts)
+}
+
+// waitingMessages is waiting for a signer that is sent messages.
+type waitingMessages struct {
+	waiting
+	m crypto.MessageSigner
+}
+
+func (w waitingMessages) SignMessage(rand io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
+	<-w.b.busy
+	defer func() { w.b.busy <- struct{}{} }()
+	return w.m.SignMessage(rand, message, opts)
+}
+
+// signer is a signer for one file. Where the gateway wants to read what it signs
+// it is a crypto.MessageSigner, which not every format's package asks for.
+func (b *bulk) signer(ctx context.Context, c *client.Client, k client.Key, format string, claim client.Claim) crypto.Signer {
+	if !slices.Contains(k.Reads, format) {
+		return waiting{c.Signer(ctx, k, format, claim), b}
+	}
+	m := c.MessageSigner(ctx, k, format, claim)
+	return waitingMessages{waiting{m, b}, m}
 }
 
 // begin sets output up: JSON lines, a bar on a terminal, else a line a file.

@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/formats/rpm"
 	"github.com/signwarden/signwarden/gateway/client"
 	"github.com/signwarden/signwarden/gateway/keys"
 	"github.com/signwarden/signwarden/gateway/policy"
@@ -27,10 +29,24 @@ rules:
     may: [sign, read]               # sign, read, admin
     formats: [openpgp, rpm]         # or "*"; needed with sign
     blind: true                     # may sign bare digests: gpg, rpmsign, this client
+                                    # without content
     hashes: [sha256, sha512]        # default: sha256, sha384, sha512
     not_before: 2027-01-01T00:00:00Z
     not_after: 2027-12-31T23:59:59Z
     rate: 5000/h                    # each principal and key: per s, m or h
+  - name: our-packages
+    principals: [ci]
+    keys: [release]
+    may: [sign]
+    formats: [rpm]
+    content: rpm                    # the gateway reads the package's header itself,
+    packages:                       # and decides on it; each list is optional
+      names: ["kernel*", bash]
+      epochs: ["0"]
+      versions: ["6.*"]
+      releases: ["*.el10"]
+      arches: [x86_64, noarch]      # source packages: src, nosrc
+      vendors: ["Example"]
 
 Administrators are principals with may: [admin] on keys: ["*"].`,
 	}
@@ -105,22 +121,31 @@ func (a *app) policyShow() *cobra.Command {
 
 func (a *app) policyTest() *cobra.Command {
 	var q client.PolicyQuery
-	var hash string
+	var hash, pkg string
 	c := &cobra.Command{
-		Use:   "test --key K [--principal P] [--format F]",
+		Use:   "test --key K [--principal P] [--format F | --rpm FILE]",
 		Short: "Tell what would be decided, by which rule, and why",
-		Long: `test asks the rules in force what they would say to a request for a bare digest.
-It signs nothing, and does not look at the key: whether it exists, or is disabled.
+		Long: `test asks the rules in force what they would say to a request for a bare digest, or
+with --rpm to one that shows the gateway the header of that package. It signs
+nothing, and does not look at the key: whether it exists, or is disabled.
 gpg and rpmsign ask, through an agent socket, for the format openpgp.
 Exit code 0: allowed; 4: denied.`,
-		Example: `  signwarden policy test --principal alice --key release --format openpgp`,
-		Args:    cobra.NoArgs,
+		Example: `  signwarden policy test --principal alice --key release --format openpgp
+  signwarden policy test --principal ci --key release --rpm bash-5.2-1.x86_64.rpm`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			h, ok := keys.Hashes[hash]
 			if !ok {
 				return exit.UsageError("--hash %q is not sha256, sha384 or sha512", hash)
 			}
 			q.Hash = h
+			if pkg != "" {
+				var err error
+				if q.Package, err = readNEVRA(pkg); err != nil {
+					return err
+				}
+				q.Format = "rpm"
+			}
 			if (q.Action == "sign") == (q.Format == "") {
 				return exit.UsageError("--format goes with signing, and signing needs it")
 			}
@@ -132,8 +157,33 @@ Exit code 0: allowed; 4: denied.`,
 	c.Flags().StringVar(&q.Action, "action", "sign", "sign, read or admin")
 	c.Flags().StringVar(&q.Format, "format", "", "what the signature is for, like openpgp or rpm")
 	c.Flags().StringVar(&hash, "hash", "sha256", "the digest's hash")
+	c.Flags().StringVar(&pkg, "rpm", "", "a package that would be signed")
+	c.MarkFlagsMutuallyExclusive("rpm", "format")
 	exit.Require(c, "key")
 	return c
+}
+
+// readNEVRA reads what the gateway would see of a package.
+func readNEVRA(path string) (*client.Package, error) {
+	f, err := openInput(path)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	p, err := rpm.ReadPackage(f, info.Size())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	n := p.Header.NEVRA
+	out := &client.Package{Name: n.Name, Version: n.Version, Release: n.Release, Arch: n.Arch, Vendor: p.Header.Vendor}
+	if n.HasEpoch {
+		out.Epoch = strconv.FormatUint(uint64(n.Epoch), 10)
+	}
+	return out, nil
 }
 
 func (a *app) testPolicy(cmd *cobra.Command, c *client.Client, q client.PolicyQuery) error {

@@ -186,7 +186,7 @@ func (j *openpgpJob) sign(ctx context.Context, args []string) error {
 			return err
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
-			signer := waiting{c.Signer(ctx, k.Key, "openpgp", client.Claim{File: filepath.Base(file)}), &j.bulk}
+			signer := j.signer(ctx, c, k.Key, "openpgp", client.Claim{File: filepath.Base(file)})
 			return j.signFile(ctx, k.pgp, signer, file, openpgp.SignOptions{Armor: j.armor, Hash: hash})
 		})
 	})

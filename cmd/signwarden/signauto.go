@@ -70,7 +70,7 @@ func (j *autoJob) signFile(ctx context.Context, c *client.Client, k client.Key, 
 		return "", err
 	}
 	claim := client.Claim{File: filepath.Base(file)}
-	signer := func() crypto.Signer { return waiting{c.Signer(ctx, k, format, claim), &j.bulk} }
+	signer := func() crypto.Signer { return j.bulk.signer(ctx, c, k, format, claim) }
 	x := x509Job{target: j.target}
 	switch format {
 	case "rpm":

@@ -93,11 +93,11 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 			claim := client.Claim{File: filepath.Base(file)}
 			var fileSigner crypto.Signer
 			if j.ima != "" {
-				fileSigner = waiting{c.Signer(ctx, ima, "ima", claim), &j.bulk}
+				fileSigner = j.signer(ctx, c, ima, "ima", claim)
 			}
 			return j.signFile(ctx, file, k, fileSigner, func(nevra string) crypto.Signer {
 				claim.NEVRA = nevra
-				return waiting{c.Signer(ctx, k.Key, "rpm", claim), &j.bulk}
+				return j.signer(ctx, c, k.Key, "rpm", claim)
 			})
 		})
 	})

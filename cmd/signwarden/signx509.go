@@ -190,7 +190,7 @@ func (j *x509Job) sign(ctx context.Context, args []string, keep func(string) boo
 			return noX509(k.Name)
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
-			signer := waiting{c.Signer(ctx, k, j.format, client.Claim{File: filepath.Base(file)}), &j.bulk}
+			signer := j.signer(ctx, c, k, j.format, client.Claim{File: filepath.Base(file)})
 			return j.signFile(ctx, k, signer, file, sign)
 		})
 	})

@@ -8,14 +8,17 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/formats/openpgp"
+	"github.com/signwarden/signwarden/formats/rpm"
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/config"
+	"github.com/signwarden/signwarden/gateway/policy"
 	"github.com/signwarden/signwarden/gateway/store"
 	"github.com/signwarden/signwarden/hsm"
 )
@@ -65,6 +68,23 @@ func certify(userID string, created, expires time.Time, primary, subkey crypto.S
 	})
 }
 
+// read reads what a message is for the gateway, which knows no formats.
+func read(format string, hash crypto.Hash, message []byte) (*policy.Package, error) {
+	if format != "rpm" {
+		return nil, fmt.Errorf("no reader of format %q", format)
+	}
+	h, _, err := rpm.ReadMessage(message, hash)
+	if err != nil {
+		return nil, err
+	}
+	n := h.NEVRA
+	p := &policy.Package{Name: n.Name, Version: n.Version, Release: n.Release, Arch: n.Arch, Vendor: h.Vendor}
+	if n.HasEpoch {
+		p.Epoch = strconv.FormatUint(uint64(n.Epoch), 10)
+	}
+	return p, nil
+}
+
 // parts is an assembled gateway.
 type parts struct {
 	gateway *gateway.Gateway
@@ -94,7 +114,7 @@ func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts,
 		return nil, err
 	}
 	p.gateway, err = gateway.New(ctx, gateway.Config{
-		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Logger: log,
+		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Read: read, Logger: log,
 		MaxInFlight: c.Limits.InFlight, MaxPerPrincipal: c.Limits.InFlightPerPrincipal,
 		SignTimeout: time.Duration(c.Limits.SignTimeout),
 	})

@@ -214,7 +214,8 @@ func (s *Signing) tags() (t struct{ header, payload uint32 }) {
 	return t
 }
 
-// Sign has the Requests signed and makes the Update. files is the signer of Options.Files, and may be the same.
+// Sign has the Requests signed and makes the Update. files is the signer of Options.Files, and may be the same. A signer
+// that is a crypto.MessageSigner is given the Message of a Request that has one, not its Digest.
 func (s *Signing) Sign(signer, files crypto.Signer) (*Update, error) {
 	err := holds(signer, s.key.Public)
 	if err != nil {
@@ -232,13 +233,20 @@ func (s *Signing) Sign(signer, files crypto.Signer) (*Update, error) {
 		if r.File >= 0 {
 			by = files
 		}
-		sig, err := by.Sign(rand.Reader, r.Digest, r.Opts)
+		sig, err := r.sign(by)
 		if err != nil {
 			return nil, fmt.Errorf("signing %s: %w", s.p.Header.NEVRA, err)
 		}
 		raw = append(raw, sig)
 	}
 	return s.Finish(raw)
+}
+
+func (r Request) sign(by crypto.Signer) ([]byte, error) {
+	if m, ok := by.(crypto.MessageSigner); ok && r.header != nil {
+		return m.SignMessage(rand.Reader, r.Message(), r.Opts)
+	}
+	return by.Sign(rand.Reader, r.Digest, r.Opts)
 }
 
 // holds says whether signer's key is pub.

@@ -49,6 +49,9 @@ type Entry struct {
 	Reason         string // why it was denied, or failed
 	Signature      string // SHA-256 of the signature, hexadecimal
 
+	// What the gateway itself read of what was signed, and decided on.
+	NEVRA, Vendor string
+
 	// What the client said; recorded, never decided on.
 	ClaimFile, ClaimSHA256, ClaimNEVRA, ClaimNote string
 
@@ -78,6 +81,7 @@ func (e *Entry) members(at *string) []member {
 		{"hash", &e.Hash},
 		{"key", &e.Key},
 		{"key_fingerprint", &e.KeyFingerprint},
+		{"nevra", &e.NEVRA},
 		{"outcome", (*string)(&e.Outcome)},
 		{"principal", &e.Principal},
 		{"reason", &e.Reason},
@@ -86,6 +90,7 @@ func (e *Entry) members(at *string) []member {
 		{"scheme", &e.Scheme},
 		{"signature", &e.Signature},
 		{"time", at},
+		{"vendor", &e.Vendor},
 		{"via", &e.Via},
 	}
 }

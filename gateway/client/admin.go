@@ -138,6 +138,13 @@ type PolicyQuery struct {
 	Action    string // sign, read or admin; empty: sign
 	Format    string // for sign
 	Hash      crypto.Hash
+	Package   *Package // that a message would be of; nil: a bare digest
+}
+
+// Package is what the gateway reads of an RPM package's header.
+type Package struct {
+	Name, Epoch, Version, Release, Arch string // Epoch is empty where it has none
+	Vendor                              string
 }
 
 // PolicyDecision is what the rules say to a PolicyQuery.
@@ -150,9 +157,15 @@ type PolicyDecision struct {
 
 // TestPolicy asks what would be decided.
 func (c *Client) TestPolicy(ctx context.Context, q PolicyQuery) (PolicyDecision, error) {
-	r, err := c.policy.TestPolicy(ctx, &pb.TestPolicyRequest{
+	req := &pb.TestPolicyRequest{
 		Principal: q.Principal, Key: q.Key, Action: q.Action, Format: q.Format, Hash: pb.HashAlgorithmOf(q.Hash),
-	})
+	}
+	if p := q.Package; p != nil {
+		req.Package = &pb.Package{
+			Name: p.Name, Epoch: p.Epoch, Version: p.Version, Release: p.Release, Arch: p.Arch, Vendor: p.Vendor,
+		}
+	}
+	r, err := c.policy.TestPolicy(ctx, req)
 	return PolicyDecision{r.GetAllowed(), r.GetRule(), r.GetReason(), r.GetRules()}, c.wireError(err)
 }
 

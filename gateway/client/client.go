@@ -1,9 +1,10 @@
 // Package client is the Go client of a Signwarden gateway.
 //
 // A [Client] keeps one bidirectional stream, which any number of goroutines
-// share, and sends only digests over it. Start with [LoadProfile] and [Dial],
-// then use [Client.Signer] where a [crypto.Signer] is wanted, or [Client.Sign]
-// from as many goroutines as there are digests in flight.
+// share, and sends only digests over it, or the headers of packages that the
+// gateway wants to see ([Client.MessageSigner]). Start with [LoadProfile] and
+// [Dial], then use [Client.Signer] where a [crypto.Signer] is wanted, or
+// [Client.Sign] from as many goroutines as there are digests in flight.
 //
 // Errors wrap the sentinels of package sigerr, whatever side they arose on.
 package client
@@ -134,7 +135,7 @@ func (c *Client) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Request asks for one signature over one digest.
+// Request asks for one signature over one digest, or one message.
 type Request struct {
 	// ID makes the request idempotent; empty: Sign makes one up. While a request
 	// is in flight, its caller gone or not, another of its id is refused.
@@ -144,6 +145,9 @@ type Request struct {
 	// Digest, made by Hash: SHA-256, SHA-384 or SHA-512. Ed25519 signs its bytes.
 	Digest []byte
 	Hash   crypto.Hash
+	// Message, in place of Digest, is what the gateway is to read and to hash with
+	// Hash: at most MaxMessage bytes. See Key.Reads.
+	Message []byte
 	// Scheme; empty: the usual one of the key's algorithm.
 	Scheme keys.Scheme
 	// Format is what the signature is for; see the policy's formats.
@@ -166,8 +170,12 @@ type Signature struct {
 	AuditRow int64
 }
 
-// maxItem bounds one item, in bytes, as the gateway does too.
-const maxItem = 64 << 10
+// MaxMessage bounds a Request's Message, and maxItem one item besides that, in
+// bytes, as the gateway does too.
+const (
+	MaxMessage = pb.MaxContent
+	maxItem    = 64 << 10
+)
 
 // item is the wire form of r. What could not be sent is refused here: it would
 // end the stream that others share.
@@ -178,7 +186,7 @@ func (r *Request) item() (*pb.SignItem, error) {
 		}
 	}
 	it := &pb.SignItem{
-		Id: r.ID, Key: r.Key, Digest: r.Digest, Hash: pb.HashAlgorithmOf(r.Hash),
+		Id: r.ID, Key: r.Key, Digest: r.Digest, Message: r.Message, Hash: pb.HashAlgorithmOf(r.Hash),
 		Scheme: pb.SignatureSchemeOf(r.Scheme), Format: r.Format,
 	}
 	if r.Claim != (Claim{}) {
@@ -189,7 +197,10 @@ func (r *Request) item() (*pb.SignItem, error) {
 			Nevra: valid(r.Claim.NEVRA), Note: valid(r.Claim.Note),
 		}
 	}
-	if n := proto.Size(it); n > maxItem {
+	if n := len(it.GetMessage()); n > MaxMessage {
+		return nil, fmt.Errorf("%w: the message to be signed has %d bytes; at most %d are sent", sigerr.Invalid, n, MaxMessage)
+	}
+	if n := proto.Size(it) - len(it.GetMessage()); n > maxItem {
 		return nil, fmt.Errorf("%w: the request has %d bytes; at most %d are sent", sigerr.Invalid, n, maxItem)
 	}
 	return it, nil
@@ -308,8 +319,11 @@ type Key struct {
 	Token     string // label of the token
 	TokenID   []byte // CKA_ID there
 	MaySign   bool   // whether we may sign with it in some format
-	OpenPGP   *OpenPGP
-	X509      []*x509.Certificate // the key's own, then its issuers'
+	// Reads are the formats in which the gateway wants to read what it signs for
+	// us: a MessageSigner is for those.
+	Reads   []string
+	OpenPGP *OpenPGP
+	X509    []*x509.Certificate // the key's own, then its issuers'
 }
 
 // OpenPGP is the certificate of a key.
@@ -328,7 +342,7 @@ func toKey(k *pb.Key) (Key, error) {
 	out := Key{
 		Name: k.GetName(), Algorithm: keys.Algorithm(k.GetAlgorithm()), State: keys.State(k.GetState()),
 		Created: k.GetCreated().AsTime(), PublicKey: pub, SPKI: k.GetPublicKey(),
-		Token: k.GetToken(), TokenID: k.GetTokenId(), MaySign: k.GetMaySign(),
+		Token: k.GetToken(), TokenID: k.GetTokenId(), MaySign: k.GetMaySign(), Reads: k.GetMessageFormats(),
 	}
 	for _, der := range k.GetX509Chain() {
 		cert, err := x509.ParseCertificate(der)

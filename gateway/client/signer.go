@@ -45,9 +45,15 @@ func (s *Signer) Public() crypto.PublicKey { return s.key.PublicKey }
 // DigestHash() crypto.Hash, since the gateway decides on the hash and opts'
 // HashFunc is 0 for Ed25519. What it returns it has verified.
 func (s *Signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	r := Request{Key: s.key.Name, Digest: digest, Hash: opts.HashFunc(), Format: s.format, Claim: s.claim}
-	if h, ok := opts.(interface{ DigestHash() crypto.Hash }); ok {
-		r.Hash = h.DigestHash()
+	return s.sign(digest, nil, opts)
+}
+
+// sign asks for a signature over a digest, or over a message, whose digest is
+// then for checking the answer.
+func (s *Signer) sign(digest, message []byte, opts crypto.SignerOpts) ([]byte, error) {
+	r := Request{Key: s.key.Name, Digest: digest, Hash: hashOf(opts), Format: s.format, Claim: s.claim}
+	if message != nil {
+		r.Digest, r.Message = nil, message
 	}
 	if r.Hash == 0 {
 		return nil, fmt.Errorf("%w: the gateway signs digests; say which hash made this one", sigerr.Invalid)
@@ -72,6 +78,40 @@ func (s *Signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byt
 		return keys.ECDSAToASN1(ec, sig.Bytes)
 	}
 	return sig.Bytes, nil
+}
+
+// hashOf is the hash of the digest that opts are for; 0: they do not say.
+func hashOf(opts crypto.SignerOpts) crypto.Hash {
+	if h, ok := opts.(interface{ DigestHash() crypto.Hash }); ok {
+		return h.DigestHash()
+	}
+	return opts.HashFunc()
+}
+
+// MessageSigner is a [Signer] that is a [crypto.MessageSigner] too: for a format
+// of Key.Reads, where the gateway is to see what it signs.
+type MessageSigner struct{ *Signer }
+
+var _ crypto.MessageSigner = MessageSigner{}
+
+// MessageSigner returns a crypto.MessageSigner for one format with one key.
+func (c *Client) MessageSigner(ctx context.Context, key Key, format string, claim Claim) MessageSigner {
+	return MessageSigner{c.Signer(ctx, key, format, claim)}
+}
+
+// SignMessage implements crypto.MessageSigner: the whole message is sent, and
+// its digest signed as Sign does. What it returns it has verified.
+func (s MessageSigner) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
+	hash := hashOf(opts)
+	if keys.HashName(hash) == "" {
+		return nil, fmt.Errorf("%w: messages are hashed with SHA-256, SHA-384 or SHA-512", sigerr.Invalid)
+	}
+	if message == nil {
+		message = []byte{}
+	}
+	h := hash.New()
+	h.Write(message)
+	return s.sign(h.Sum(nil), message, opts)
 }
 
 // Session is what an agent socket on this host needs of the gateway: it answers

@@ -159,7 +159,7 @@ func (s *stream) send() {
 		size := 0
 		add := func(it *pb.SignItem) {
 			m.Items = append(m.Items, it)
-			size += proto.Size(it)
+			size += proto.Size(it) // with its message: one large one goes alone
 		}
 		select {
 		case it := <-s.out:

@@ -44,9 +44,12 @@ type Key struct {
 	// Whether the caller may sign with the key in some format.
 	MaySign bool `protobuf:"varint,9,opt,name=may_sign,json=maySign,proto3" json:"may_sign,omitempty"`
 	// X.509 certificates, DER: the key's own, then its issuers'.
-	X509Chain     [][]byte `protobuf:"bytes,10,rep,name=x509_chain,json=x509Chain,proto3" json:"x509_chain,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	X509Chain [][]byte `protobuf:"bytes,10,rep,name=x509_chain,json=x509Chain,proto3" json:"x509_chain,omitempty"`
+	// Formats in which the caller is to send messages in place of digests: some
+	// rule decides on what the gateway reads.
+	MessageFormats []string `protobuf:"bytes,11,rep,name=message_formats,json=messageFormats,proto3" json:"message_formats,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Key) Reset() {
@@ -145,6 +148,13 @@ func (x *Key) GetMaySign() bool {
 func (x *Key) GetX509Chain() [][]byte {
 	if x != nil {
 		return x.X509Chain
+	}
+	return nil
+}
+
+func (x *Key) GetMessageFormats() []string {
+	if x != nil {
+		return x.MessageFormats
 	}
 	return nil
 }
@@ -1243,7 +1253,9 @@ type TestPolicyRequest struct {
 	// Format, for sign.
 	Format string `protobuf:"bytes,4,opt,name=format,proto3" json:"format,omitempty"`
 	// Hash, for sign; unspecified: SHA-256.
-	Hash          HashAlgorithm `protobuf:"varint,5,opt,name=hash,proto3,enum=signwarden.v1.HashAlgorithm" json:"hash,omitempty"`
+	Hash HashAlgorithm `protobuf:"varint,5,opt,name=hash,proto3,enum=signwarden.v1.HashAlgorithm" json:"hash,omitempty"`
+	// The package that a message would be of; absent: a bare digest.
+	Package       *Package `protobuf:"bytes,6,opt,name=package,proto3" json:"package,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1313,6 +1325,104 @@ func (x *TestPolicyRequest) GetHash() HashAlgorithm {
 	return HashAlgorithm_HASH_ALGORITHM_UNSPECIFIED
 }
 
+func (x *TestPolicyRequest) GetPackage() *Package {
+	if x != nil {
+		return x.Package
+	}
+	return nil
+}
+
+// Package is what the gateway reads of an RPM package's header.
+type Package struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Epoch in decimal; empty where it has none.
+	Epoch string `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Version.
+	Version string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	// Release.
+	Release string `protobuf:"bytes,4,opt,name=release,proto3" json:"release,omitempty"`
+	// Architecture; src or nosrc for a source package.
+	Arch string `protobuf:"bytes,5,opt,name=arch,proto3" json:"arch,omitempty"`
+	// Vendor; empty where it has none.
+	Vendor        string `protobuf:"bytes,6,opt,name=vendor,proto3" json:"vendor,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Package) Reset() {
+	*x = Package{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Package) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Package) ProtoMessage() {}
+
+func (x *Package) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Package.ProtoReflect.Descriptor instead.
+func (*Package) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Package) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Package) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *Package) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Package) GetRelease() string {
+	if x != nil {
+		return x.Release
+	}
+	return ""
+}
+
+func (x *Package) GetArch() string {
+	if x != nil {
+		return x.Arch
+	}
+	return ""
+}
+
+func (x *Package) GetVendor() string {
+	if x != nil {
+		return x.Vendor
+	}
+	return ""
+}
+
 // TestPolicyResponse is the decision.
 type TestPolicyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1330,7 +1440,7 @@ type TestPolicyResponse struct {
 
 func (x *TestPolicyResponse) Reset() {
 	*x = TestPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +1452,7 @@ func (x *TestPolicyResponse) String() string {
 func (*TestPolicyResponse) ProtoMessage() {}
 
 func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +1465,7 @@ func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestPolicyResponse.ProtoReflect.Descriptor instead.
 func (*TestPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TestPolicyResponse) GetAllowed() bool {
@@ -1399,7 +1509,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1411,7 +1521,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1424,7 +1534,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListEntriesRequest) GetFromRow() int64 {
@@ -1454,7 +1564,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1466,7 +1576,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1479,7 +1589,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListEntriesResponse) GetFirstRow() int64 {
@@ -1500,7 +1610,7 @@ var File_signwarden_v1_admin_proto protoreflect.FileDescriptor
 
 const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x19signwarden/v1/admin.proto\x12\rsignwarden.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bsignwarden/v1/signing.proto\"\xca\x02\n" +
+	"\x19signwarden/v1/admin.proto\x12\rsignwarden.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bsignwarden/v1/signing.proto\"\xf3\x02\n" +
 	"\x03Key\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x14\n" +
@@ -1514,7 +1624,8 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\bmay_sign\x18\t \x01(\bR\amaySign\x12\x1d\n" +
 	"\n" +
 	"x509_chain\x18\n" +
-	" \x03(\fR\tx509Chain\"\xdc\x01\n" +
+	" \x03(\fR\tx509Chain\x12'\n" +
+	"\x0fmessage_formats\x18\v \x03(\tR\x0emessageFormats\"\xdc\x01\n" +
 	"\x04Name\x12\x1f\n" +
 	"\vcommon_name\x18\x01 \x01(\tR\n" +
 	"commonName\x12$\n" +
@@ -1576,13 +1687,21 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\x05rules\x18\x01 \x01(\x05R\x05rules\"\x12\n" +
 	"\x10GetPolicyRequest\"+\n" +
 	"\x11GetPolicyResponse\x12\x16\n" +
-	"\x06source\x18\x01 \x01(\tR\x06source\"\xa5\x01\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\"\xd7\x01\n" +
 	"\x11TestPolicyRequest\x12\x1c\n" +
 	"\tprincipal\x18\x01 \x01(\tR\tprincipal\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x16\n" +
 	"\x06action\x18\x03 \x01(\tR\x06action\x12\x16\n" +
 	"\x06format\x18\x04 \x01(\tR\x06format\x120\n" +
-	"\x04hash\x18\x05 \x01(\x0e2\x1c.signwarden.v1.HashAlgorithmR\x04hash\"p\n" +
+	"\x04hash\x18\x05 \x01(\x0e2\x1c.signwarden.v1.HashAlgorithmR\x04hash\x120\n" +
+	"\apackage\x18\x06 \x01(\v2\x16.signwarden.v1.PackageR\apackage\"\x93\x01\n" +
+	"\aPackage\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x12\x18\n" +
+	"\arelease\x18\x04 \x01(\tR\arelease\x12\x12\n" +
+	"\x04arch\x18\x05 \x01(\tR\x04arch\x12\x16\n" +
+	"\x06vendor\x18\x06 \x01(\tR\x06vendor\"p\n" +
 	"\x12TestPolicyResponse\x12\x18\n" +
 	"\aallowed\x18\x01 \x01(\bR\aallowed\x12\x12\n" +
 	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x16\n" +
@@ -1624,7 +1743,7 @@ func file_signwarden_v1_admin_proto_rawDescGZIP() []byte {
 	return file_signwarden_v1_admin_proto_rawDescData
 }
 
-var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_signwarden_v1_admin_proto_goTypes = []any{
 	(*Key)(nil),                          // 0: signwarden.v1.Key
 	(*Name)(nil),                         // 1: signwarden.v1.Name
@@ -1648,54 +1767,56 @@ var file_signwarden_v1_admin_proto_goTypes = []any{
 	(*GetPolicyRequest)(nil),             // 19: signwarden.v1.GetPolicyRequest
 	(*GetPolicyResponse)(nil),            // 20: signwarden.v1.GetPolicyResponse
 	(*TestPolicyRequest)(nil),            // 21: signwarden.v1.TestPolicyRequest
-	(*TestPolicyResponse)(nil),           // 22: signwarden.v1.TestPolicyResponse
-	(*ListEntriesRequest)(nil),           // 23: signwarden.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),          // 24: signwarden.v1.ListEntriesResponse
-	(*timestamppb.Timestamp)(nil),        // 25: google.protobuf.Timestamp
-	(HashAlgorithm)(0),                   // 26: signwarden.v1.HashAlgorithm
+	(*Package)(nil),                      // 22: signwarden.v1.Package
+	(*TestPolicyResponse)(nil),           // 23: signwarden.v1.TestPolicyResponse
+	(*ListEntriesRequest)(nil),           // 24: signwarden.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),          // 25: signwarden.v1.ListEntriesResponse
+	(*timestamppb.Timestamp)(nil),        // 26: google.protobuf.Timestamp
+	(HashAlgorithm)(0),                   // 27: signwarden.v1.HashAlgorithm
 }
 var file_signwarden_v1_admin_proto_depIdxs = []int32{
-	25, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
+	26, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
 	8,  // 1: signwarden.v1.Key.openpgp:type_name -> signwarden.v1.OpenPGPCertificate
 	1,  // 2: signwarden.v1.CertifyKeyRequest.subject:type_name -> signwarden.v1.Name
-	25, // 3: signwarden.v1.CertifyKeyRequest.expires:type_name -> google.protobuf.Timestamp
+	26, // 3: signwarden.v1.CertifyKeyRequest.expires:type_name -> google.protobuf.Timestamp
 	0,  // 4: signwarden.v1.CertifyKeyResponse.key:type_name -> signwarden.v1.Key
 	0,  // 5: signwarden.v1.ImportChainResponse.key:type_name -> signwarden.v1.Key
 	1,  // 6: signwarden.v1.CreateSigningRequestRequest.subject:type_name -> signwarden.v1.Name
-	25, // 7: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
-	25, // 8: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
+	26, // 7: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
+	26, // 8: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
 	0,  // 9: signwarden.v1.CreateKeyResponse.key:type_name -> signwarden.v1.Key
 	0,  // 10: signwarden.v1.GetKeyResponse.key:type_name -> signwarden.v1.Key
 	0,  // 11: signwarden.v1.ListKeysResponse.keys:type_name -> signwarden.v1.Key
 	0,  // 12: signwarden.v1.SetKeyStateResponse.key:type_name -> signwarden.v1.Key
-	26, // 13: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
-	9,  // 14: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
-	11, // 15: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
-	13, // 16: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
-	15, // 17: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
-	2,  // 18: signwarden.v1.KeyService.CertifyKey:input_type -> signwarden.v1.CertifyKeyRequest
-	4,  // 19: signwarden.v1.KeyService.ImportChain:input_type -> signwarden.v1.ImportChainRequest
-	6,  // 20: signwarden.v1.KeyService.CreateSigningRequest:input_type -> signwarden.v1.CreateSigningRequestRequest
-	17, // 21: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
-	19, // 22: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
-	21, // 23: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
-	23, // 24: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
-	10, // 25: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
-	12, // 26: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
-	14, // 27: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
-	16, // 28: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
-	3,  // 29: signwarden.v1.KeyService.CertifyKey:output_type -> signwarden.v1.CertifyKeyResponse
-	5,  // 30: signwarden.v1.KeyService.ImportChain:output_type -> signwarden.v1.ImportChainResponse
-	7,  // 31: signwarden.v1.KeyService.CreateSigningRequest:output_type -> signwarden.v1.CreateSigningRequestResponse
-	18, // 32: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
-	20, // 33: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
-	22, // 34: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
-	24, // 35: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
-	25, // [25:36] is the sub-list for method output_type
-	14, // [14:25] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	27, // 13: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
+	22, // 14: signwarden.v1.TestPolicyRequest.package:type_name -> signwarden.v1.Package
+	9,  // 15: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
+	11, // 16: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
+	13, // 17: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
+	15, // 18: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
+	2,  // 19: signwarden.v1.KeyService.CertifyKey:input_type -> signwarden.v1.CertifyKeyRequest
+	4,  // 20: signwarden.v1.KeyService.ImportChain:input_type -> signwarden.v1.ImportChainRequest
+	6,  // 21: signwarden.v1.KeyService.CreateSigningRequest:input_type -> signwarden.v1.CreateSigningRequestRequest
+	17, // 22: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
+	19, // 23: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
+	21, // 24: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
+	24, // 25: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
+	10, // 26: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
+	12, // 27: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
+	14, // 28: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
+	16, // 29: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
+	3,  // 30: signwarden.v1.KeyService.CertifyKey:output_type -> signwarden.v1.CertifyKeyResponse
+	5,  // 31: signwarden.v1.KeyService.ImportChain:output_type -> signwarden.v1.ImportChainResponse
+	7,  // 32: signwarden.v1.KeyService.CreateSigningRequest:output_type -> signwarden.v1.CreateSigningRequestResponse
+	18, // 33: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
+	20, // 34: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
+	23, // 35: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
+	25, // 36: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
+	26, // [26:37] is the sub-list for method output_type
+	15, // [15:26] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_signwarden_v1_admin_proto_init() }
@@ -1710,7 +1831,7 @@ func file_signwarden_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signwarden_v1_admin_proto_rawDesc), len(file_signwarden_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -20,8 +20,10 @@ import (
 
 // The bounds of the protocol.
 const (
-	// MaxMessage is the size of the largest message, in bytes.
+	// MaxMessage is the size of the largest message, in bytes, without the
+	// messages to be signed that are in it; those have at most MaxContent in all.
 	MaxMessage = 1 << 20
+	MaxContent = 16 << 20
 	// MaxItems is how many items or results a message of a stream carries.
 	MaxItems = 256
 	// RetryDelay is what a refusal for overload suggests to wait, where the

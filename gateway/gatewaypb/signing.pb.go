@@ -431,7 +431,7 @@ func (*Drain) Descriptor() ([]byte, []int) {
 	return file_signwarden_v1_signing_proto_rawDescGZIP(), []int{5}
 }
 
-// SignItem is one digest to sign.
+// SignItem is one digest, or one message, to sign.
 type SignItem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Idempotency id, 1 to 64 printable ASCII characters, chosen by the client.
@@ -443,7 +443,7 @@ type SignItem struct {
 	Key string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
 	// The digest; its length must be that of the hash.
 	Digest []byte `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
-	// The hash that made the digest.
+	// The hash that made the digest, or is to make that of the message.
 	Hash HashAlgorithm `protobuf:"varint,4,opt,name=hash,proto3,enum=signwarden.v1.HashAlgorithm" json:"hash,omitempty"`
 	// How to sign; unspecified: the usual scheme of the key's type.
 	Scheme SignatureScheme `protobuf:"varint,5,opt,name=scheme,proto3,enum=signwarden.v1.SignatureScheme" json:"scheme,omitempty"`
@@ -452,7 +452,12 @@ type SignItem struct {
 	// against a bare digest, so the rule that allows it must say `blind: true`.
 	Format string `protobuf:"bytes,6,opt,name=format,proto3" json:"format,omitempty"`
 	// What the client says of the artefact.
-	Claim         *Claim `protobuf:"bytes,7,opt,name=claim,proto3" json:"claim,omitempty"`
+	Claim *Claim `protobuf:"bytes,7,opt,name=claim,proto3" json:"claim,omitempty"`
+	// In place of the digest: what is to be hashed, at most 16 MiB. The gateway
+	// hashes it and reads what it is, so that rules can decide on that. Format
+	// rpm: the package's main header, then the trailer that a version 4 OpenPGP
+	// signature hashes (RFC 9580 section 5.2.4). No other format has messages.
+	Message       []byte `protobuf:"bytes,8,opt,name=message,proto3" json:"message,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -532,6 +537,13 @@ func (x *SignItem) GetFormat() string {
 func (x *SignItem) GetClaim() *Claim {
 	if x != nil {
 		return x.Claim
+	}
+	return nil
+}
+
+func (x *SignItem) GetMessage() []byte {
+	if x != nil {
+		return x.Message
 	}
 	return nil
 }
@@ -792,7 +804,7 @@ const file_signwarden_v1_signing_proto_rawDesc = "" +
 	"\x05drain\x18\x03 \x01(\v2\x14.signwarden.v1.DrainR\x05drain\"\"\n" +
 	"\bSettings\x12\x16\n" +
 	"\x06window\x18\x01 \x01(\rR\x06window\"\a\n" +
-	"\x05Drain\"\xf2\x01\n" +
+	"\x05Drain\"\x8c\x02\n" +
 	"\bSignItem\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x16\n" +
@@ -800,7 +812,8 @@ const file_signwarden_v1_signing_proto_rawDesc = "" +
 	"\x04hash\x18\x04 \x01(\x0e2\x1c.signwarden.v1.HashAlgorithmR\x04hash\x126\n" +
 	"\x06scheme\x18\x05 \x01(\x0e2\x1e.signwarden.v1.SignatureSchemeR\x06scheme\x12\x16\n" +
 	"\x06format\x18\x06 \x01(\tR\x06format\x12*\n" +
-	"\x05claim\x18\a \x01(\v2\x14.signwarden.v1.ClaimR\x05claim\"l\n" +
+	"\x05claim\x18\a \x01(\v2\x14.signwarden.v1.ClaimR\x05claim\x12\x18\n" +
+	"\amessage\x18\b \x01(\fR\amessage\"l\n" +
 	"\x05Claim\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12%\n" +
 	"\x0econtent_sha256\x18\x02 \x01(\tR\rcontentSha256\x12\x14\n" +

@@ -27,7 +27,7 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// SigningService signs digests with keys that stay in the gateway's token.
+// SigningService signs digests, or the messages that they would be of, with keys that stay in the gateway's token.
 //
 // The caller is whoever its TLS client certificate says. Whether a request is
 // allowed is decided on that, on the key, and on the request's format and hash.
@@ -78,7 +78,7 @@ type SigningService_SignStreamClient = grpc.BidiStreamingClient[SignStreamReques
 // All implementations must embed UnimplementedSigningServiceServer
 // for forward compatibility.
 //
-// SigningService signs digests with keys that stay in the gateway's token.
+// SigningService signs digests, or the messages that they would be of, with keys that stay in the gateway's token.
 //
 // The caller is whoever its TLS client certificate says. Whether a request is
 // allowed is decided on that, on the key, and on the request's format and hash.

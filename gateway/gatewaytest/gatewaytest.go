@@ -19,6 +19,7 @@ import (
 	"log/slog"
 	"math/big"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -27,6 +28,7 @@ import (
 	"github.com/signwarden/signwarden/gateway/audit"
 	"github.com/signwarden/signwarden/gateway/ident"
 	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/policy"
 	"github.com/signwarden/signwarden/gateway/store"
 )
 
@@ -52,7 +54,7 @@ func New(t testing.TB, policy string, change ...func(*gateway.Config)) *Fixture 
 	}
 	f := &Fixture{Token: NewToken(), Store: &Store{State: store.State{Policy: []byte(policy)}}, Root: Principal(t, "root")}
 	c := gateway.Config{
-		Store: f.Store, Token: f.Token, TokenLabel: "memory", Certify: Certify,
+		Store: f.Store, Token: f.Token, TokenLabel: "memory", Certify: Certify, Read: Read,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 	for _, ch := range change {
@@ -109,6 +111,18 @@ func Certify(userID string, _, _ time.Time, primary, subkey crypto.Signer) ([]by
 		out = append(out, sig...)
 	}
 	return out, nil
+}
+
+// Read stands for a reader of RPM headers: its messages are the parts of a
+// package's name, each on a line, in the order of policy.Package.
+func Read(format string, _ crypto.Hash, message []byte) (*policy.Package, error) {
+	parts := strings.Split(string(message), "\n")
+	if format != "rpm" || len(parts) != 6 {
+		return nil, fmt.Errorf("%d lines, not 6, of %s", len(parts), format)
+	}
+	return &policy.Package{
+		Name: parts[0], Epoch: parts[1], Version: parts[2], Release: parts[3], Arch: parts[4], Vendor: parts[5],
+	}, nil
 }
 
 // Token keeps keys in memory. It is safe for concurrent use.

@@ -22,10 +22,10 @@ type admin struct {
 	s *Server
 }
 
-func toKey(k keys.Key, maySign bool) *pb.Key {
+func toKey(k keys.Key, v gateway.Visible) *pb.Key {
 	out := &pb.Key{
 		Name: k.Name, Algorithm: string(k.Algorithm), State: string(k.State), Created: timestamppb.New(k.Created),
-		PublicKey: k.Public, Token: k.Token, TokenId: k.ID, MaySign: maySign, X509Chain: k.X509,
+		PublicKey: k.Public, Token: k.Token, TokenId: k.ID, MaySign: v.MaySign, MessageFormats: v.Reads, X509Chain: k.X509,
 	}
 	if o := k.OpenPGP; o != nil {
 		out.Openpgp = &pb.OpenPGPCertificate{UserId: o.UserID, Layout: string(o.Layout), Certificate: o.Certificate}
@@ -49,14 +49,17 @@ func (a *admin) visible(ctx context.Context, name string) (*pb.Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	return toKey(v.Key, v.MaySign), nil
+	return toKey(v.Key, v), nil
 }
 
 // done answers with a key that an act has changed. Whether the caller may sign
 // with it is asked again; that it may no longer see it does not undo the act.
 func (a *admin) done(ctx context.Context, k keys.Key) *pb.Key {
 	v, err := a.s.c.Gateway.Key(ctx, principal(ctx), k.Name)
-	return toKey(k, err == nil && v.MaySign)
+	if err != nil {
+		v = gateway.Visible{}
+	}
+	return toKey(k, v)
 }
 
 func (a *admin) CreateKey(ctx context.Context, r *pb.CreateKeyRequest) (*pb.CreateKeyResponse, error) {
@@ -93,7 +96,7 @@ func (a *admin) ListKeys(ctx context.Context, r *pb.ListKeysRequest) (*pb.ListKe
 			out.NextAfter = out.Keys[len(out.Keys)-1].Name
 			break
 		}
-		k := toKey(v.Key, v.MaySign)
+		k := toKey(v.Key, v)
 		size += proto.Size(k)
 		out.Keys = append(out.Keys, k)
 	}
@@ -153,6 +156,12 @@ func (a *admin) TestPolicy(ctx context.Context, r *pb.TestPolicyRequest) (*pb.Te
 	q := policy.Query{
 		Principal: r.GetPrincipal(), Key: r.GetKey(), Action: policy.Action(r.GetAction()),
 		Format: r.GetFormat(), Blind: true, Hash: keys.HashName(r.GetHash().Hash()),
+	}
+	if pkg := r.GetPackage(); pkg != nil {
+		q.Blind, q.Package = false, &policy.Package{
+			Name: pkg.GetName(), Epoch: pkg.GetEpoch(), Version: pkg.GetVersion(),
+			Release: pkg.GetRelease(), Arch: pkg.GetArch(), Vendor: pkg.GetVendor(),
+		}
 	}
 	if q.Principal == "" {
 		q.Principal = p.Name()

@@ -1,6 +1,7 @@
 package grpcapi
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/encoding"
@@ -52,6 +54,35 @@ func (c *counter) enter(name string) (leave func(), err error) {
 			delete(c.of, name)
 		}
 	}), nil
+}
+
+// budget bounds how many bytes each name holds. Names come from certificates and
+// configuration, so they are as many as those.
+type budget struct {
+	max int64
+	mu  sync.Mutex // guards of; held for a look-up
+	of  map[string]*semaphore.Weighted
+}
+
+func newBudget(max int64) *budget { return &budget{max: max, of: map[string]*semaphore.Weighted{}} }
+
+// take waits until n bytes, at most max, are free, and returns what gives them
+// back. Who waits is served in order.
+func (b *budget) take(ctx context.Context, name string, n int) (give func(), err error) {
+	if n == 0 {
+		return func() {}, nil
+	}
+	b.mu.Lock()
+	s := b.of[name]
+	if s == nil {
+		s = semaphore.NewWeighted(b.max)
+		b.of[name] = s
+	}
+	b.mu.Unlock()
+	if err := s.Acquire(ctx, int64(n)); err != nil {
+		return nil, fmt.Errorf("%w: waiting for other messages of yours to be signed", sigerr.Canceled)
+	}
+	return func() { s.Release(int64(n)) }, nil
 }
 
 // limitListener closes connections over a bound at once: they have not said who

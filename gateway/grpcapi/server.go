@@ -44,8 +44,11 @@ const (
 	connectionTimeout      = 10 * time.Second // for a handshake
 	maxConnectionIdle      = 10 * time.Minute // without a stream
 
-	maxItem = 64 << 10 // bytes of one item: a window of them is kept in memory
-	maxText = 2 << 10  // bytes of an error's text: in a header others take no more
+	maxItem = 64 << 10 // bytes of one item but for its message: a window of them is kept in memory
+	// maxContent bounds the bytes of messages of one principal that are being
+	// signed. A stream that would go beyond is read no further for a while.
+	maxContent = 64 << 20
+	maxText    = 2 << 10 // bytes of an error's text: in a header others take no more
 )
 
 // Config is what a Server is made of. The parts must not change after New.
@@ -67,6 +70,7 @@ type Server struct {
 	health *health.Server
 
 	streams *counter // SignStreams of each principal
+	content *budget  // messages of each principal
 
 	drain     chan struct{} // closed when streams are to move on
 	drainOnce sync.Once
@@ -86,13 +90,13 @@ func New(c Config) (*Server, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{c: c, log: c.Logger, drain: make(chan struct{}), health: health.NewServer(), streams: newCounter(maxStreamsPerPrincipal)}
+	s := &Server{c: c, log: c.Logger, drain: make(chan struct{}), health: health.NewServer(), streams: newCounter(maxStreamsPerPrincipal), content: newBudget(maxContent)}
 	s.grpc = grpc.NewServer(
 		grpc.Creds(newLogging(credentials.NewTLS(&tls.Config{
 			MinVersion:         tls.VersionTLS13,
 			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.TLS(), nil },
 		}), c.Logger)),
-		grpc.MaxRecvMsgSize(pb.MaxMessage),
+		grpc.MaxRecvMsgSize(pb.MaxMessage+pb.MaxContent),
 		grpc.MaxHeaderListSize(maxHeaderList),
 		grpc.ForceServerCodecV2(boundedCodec{encoding.GetCodecV2(proto.Name)}),
 		grpc.MaxConcurrentStreams(maxConcurrentStreams),

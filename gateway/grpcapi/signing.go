@@ -31,7 +31,7 @@ type signing struct {
 func request(it *pb.SignItem) gateway.Request {
 	c := it.GetClaim()
 	return gateway.Request{
-		ID: it.GetId(), Key: it.GetKey(), Digest: it.GetDigest(), Hash: it.GetHash().Hash(),
+		ID: it.GetId(), Key: it.GetKey(), Digest: it.GetDigest(), Message: it.GetMessage(), Hash: it.GetHash().Hash(),
 		Scheme: it.GetScheme().Scheme(), Format: it.GetFormat(), FrontEnd: frontEnd,
 		Claim: gateway.Claim{File: c.GetFile(), ContentSHA256: c.GetContentSha256(), NEVRA: c.GetNevra(), Note: c.GetNote()},
 	}
@@ -43,8 +43,26 @@ func response(sig gateway.Signature) *pb.Signature {
 
 // checkItem bounds what an item makes us keep, and repeat in its answer.
 func checkItem(it *pb.SignItem) error {
-	if n := proto.Size(it); n > maxItem {
+	if n := len(it.GetMessage()); n > pb.MaxContent {
+		return fmt.Errorf("%w: the message has %d bytes; at most %d are taken", sigerr.Invalid, n, pb.MaxContent)
+	}
+	if n := proto.Size(it) - len(it.GetMessage()); n > maxItem {
 		return fmt.Errorf("%w: the item has %d bytes; at most %d are taken", sigerr.Invalid, n, maxItem)
+	}
+	return nil
+}
+
+// checkMessage bounds what a message of a stream makes us keep.
+func checkMessage(m *pb.SignStreamRequest) error {
+	if n := len(m.GetItems()); n > pb.MaxItems {
+		return fmt.Errorf("%w: a message carries %d items; at most %d are taken", sigerr.Invalid, n, pb.MaxItems)
+	}
+	size := proto.Size(m)
+	for _, it := range m.GetItems() {
+		size -= len(it.GetMessage())
+	}
+	if size > pb.MaxMessage {
+		return fmt.Errorf("%w: a message has %d bytes besides what is to be signed; at most %d are taken", sigerr.Overloaded, size, pb.MaxMessage)
 	}
 	return nil
 }
@@ -54,7 +72,13 @@ func (s *signing) Sign(ctx context.Context, r *pb.SignRequest) (*pb.SignResponse
 	if err := checkItem(r.GetItem()); err != nil {
 		return nil, err
 	}
-	sig, err := s.s.c.Gateway.Sign(ctx, principal(ctx), request(r.GetItem()))
+	p := principal(ctx)
+	give, err := s.s.content.take(ctx, p.Name(), len(r.GetItem().GetMessage()))
+	if err != nil {
+		return nil, err
+	}
+	defer give()
+	sig, err := s.s.c.Gateway.Sign(ctx, p, request(r.GetItem()))
 	if err != nil {
 		return nil, err
 	}
@@ -108,8 +132,8 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 		if err != nil {
 			return err
 		}
-		if n := len(m.GetItems()); n > pb.MaxItems {
-			return fmt.Errorf("%w: a message carries %d items; at most %d are taken", sigerr.Invalid, n, pb.MaxItems)
+		if err := checkMessage(m); err != nil {
+			return err
 		}
 		for _, it := range m.GetItems() {
 			if len(it.GetId()) > gateway.MaxID {
@@ -119,7 +143,14 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 			}
 			select {
 			case t.places <- struct{}{}:
-				t.wg.Go(func() { t.results <- result{t.sign(ctx, it), true} })
+				give, err := t.s.content.take(ctx, t.p.Name(), min(len(it.GetMessage()), pb.MaxContent))
+				if err != nil {
+					return err
+				}
+				t.wg.Go(func() {
+					defer give()
+					t.results <- result{t.sign(ctx, it), true}
+				})
 			default:
 				// The client keeps no window: answer here, so that it cannot
 				// make work faster than it reads answers.

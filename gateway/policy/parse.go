@@ -32,6 +32,8 @@ type fileRule struct {
 	May        []Action `yaml:"may"`
 	Formats    []string `yaml:"formats"`
 	Blind      bool     `yaml:"blind"`
+	Content    string   `yaml:"content"`
+	Packages   Packages `yaml:"packages"`
 	Hashes     []string `yaml:"hashes"`
 	NotBefore  string   `yaml:"not_before"`
 	NotAfter   string   `yaml:"not_after"`
@@ -72,7 +74,7 @@ var ruleNameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 func (f fileRule) rule() (Rule, error) {
 	r := Rule{
 		Name: f.Name, Principals: f.Principals, Keys: f.Keys, May: f.May,
-		Formats: f.Formats, Blind: f.Blind, Hashes: f.Hashes,
+		Formats: f.Formats, Blind: f.Blind, Content: f.Content, Packages: f.Packages, Hashes: f.Hashes,
 	}
 	if !ruleNameRE.MatchString(f.Name) {
 		return r, errors.New("name: use a letter or digit, then up to 63 letters, digits, '.', '_' or '-'")
@@ -112,8 +114,8 @@ func (f fileRule) rule() (Rule, error) {
 // where the rule does not give sign, since they would promise nothing.
 func (f fileRule) checkSign() error {
 	if !slices.Contains(f.May, Sign) {
-		if len(f.Formats) > 0 || f.Blind || len(f.Hashes) > 0 || f.Rate != "" {
-			return errors.New("formats, blind, hashes and rate mean something only with may: [sign]")
+		if len(f.Formats) > 0 || f.Blind || f.Content != "" || f.hasPackages() || len(f.Hashes) > 0 || f.Rate != "" {
+			return errors.New("formats, blind, content, packages, hashes and rate mean something only with may: [sign]")
 		}
 		return nil
 	}
@@ -125,12 +127,44 @@ func (f fileRule) checkSign() error {
 			return fmt.Errorf("formats: %q is not \"*\" or one of %s", x, strings.Join(Formats, ", "))
 		}
 	}
+	if err := f.checkContent(); err != nil {
+		return err
+	}
 	for _, h := range f.Hashes {
 		if _, ok := keys.Hashes[h]; !ok {
 			return fmt.Errorf("hashes: %q is not one of sha256, sha384, sha512; nothing weaker is ever signed", h)
 		}
 	}
 	return nil
+}
+
+// checkContent checks what a rule says of what the gateway reads.
+func (f fileRule) checkContent() error {
+	switch {
+	case f.Content == "" && f.hasPackages():
+		return errors.New("packages: only with content: rpm does the gateway know what package it signs")
+	case f.Content == "":
+		return nil
+	case !slices.Contains(ContentFormats, f.Content):
+		return fmt.Errorf("content: the gateway reads %s, not %q", strings.Join(ContentFormats, ", "), f.Content)
+	case f.Blind:
+		return errors.New("blind: a rule with content refuses bare digests")
+	case len(f.Formats) != 1 || f.Formats[0] != f.Content:
+		return fmt.Errorf("formats: with content: %s it is [%[1]s]", f.Content)
+	}
+	for _, p := range f.Packages.parts(&Package{}) {
+		if p.patterns == nil {
+			continue
+		}
+		if err := checkPatterns("packages."+p.field, p.patterns); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f fileRule) hasPackages() bool {
+	return slices.ContainsFunc(f.Packages.parts(&Package{}), func(p part) bool { return p.patterns != nil })
 }
 
 func checkPatterns(field string, patterns []string) error {

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Action is what a caller wants with a key.
@@ -29,6 +31,76 @@ var Formats = []string{
 	"ssh-sig", "ssh-auth", "cosign", "pkcs11",
 }
 
+// ContentFormats are the formats whose content the gateway can read, and so
+// decide on: a request may carry what is hashed in place of a digest.
+var ContentFormats = []string{"rpm"}
+
+// Package is what the gateway itself has read of an RPM package: no claim.
+type Package struct {
+	Name, Epoch, Version, Release, Arch string // Epoch is empty where it has none
+	Vendor                              string
+}
+
+// String returns name-[epoch:]version-release.arch.
+func (p *Package) String() string {
+	epoch := ""
+	if p.Epoch != "" {
+		epoch = p.Epoch + ":"
+	}
+	return fmt.Sprintf("%s-%s%s-%s.%s", p.Name, epoch, p.Version, p.Release, p.Arch)
+}
+
+// MaxPart bounds each part of a Package, in bytes. rpm has no bound; names of
+// files have this one.
+const MaxPart = 255
+
+// Check refuses a package whose name could not be told from another's where it
+// is written: a part that is too long, is not UTF-8, or has control characters.
+func (p *Package) Check() error {
+	for _, s := range []string{p.Name, p.Epoch, p.Version, p.Release, p.Arch, p.Vendor} {
+		if len(s) > MaxPart {
+			return fmt.Errorf("a part of its name has %d bytes; at most %d are read", len(s), MaxPart)
+		}
+		if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
+			return fmt.Errorf("a part of its name, %q, is no text", s)
+		}
+	}
+	return nil
+}
+
+// Packages says which packages a rule is for, each part by exact values or
+// globs; an empty list is any. As with names of keys, "*" does not match a '/'.
+type Packages struct {
+	Names    []string `yaml:"names"`
+	Epochs   []string `yaml:"epochs"` // a package without one has epoch 0
+	Versions []string `yaml:"versions"`
+	Releases []string `yaml:"releases"`
+	Arches   []string `yaml:"arches"` // source packages: src, nosrc
+	Vendors  []string `yaml:"vendors"`
+}
+
+// parts lists the fields, each with the value of it that a package has.
+func (p *Packages) parts(of *Package) []part {
+	epoch := of.Epoch
+	if epoch == "" {
+		epoch = "0"
+	}
+	return []part{
+		{"names", p.Names, of.Name},
+		{"epochs", p.Epochs, epoch},
+		{"versions", p.Versions, of.Version},
+		{"releases", p.Releases, of.Release},
+		{"arches", p.Arches, of.Arch},
+		{"vendors", p.Vendors, of.Vendor},
+	}
+}
+
+type part struct {
+	field    string
+	patterns []string
+	value    string
+}
+
 // Rule allows some principals some actions on some keys.
 type Rule struct {
 	Name string
@@ -40,9 +112,14 @@ type Rule struct {
 	May  []Action
 	// Formats that may be signed, or "*". Needed with Sign.
 	Formats []string
-	// Blind allows to sign a digest: one that arrives without the bytes it was
-	// made of. The gateway then has only the caller's word for its format.
+	// Blind allows to sign a digest that arrives without the bytes it was made of.
+	// The gateway then has only the caller's word for its format. A rule without
+	// Blind allows what the gateway reads, of ContentFormats.
 	Blind bool
+	// Content, one of ContentFormats, says that the gateway must have read what
+	// is signed, and that Packages holds for it. Empty: neither.
+	Content  string
+	Packages Packages
 	// Hashes that may have made the digest; empty: all that are signed at all.
 	Hashes []string
 	// NotBefore and NotAfter bound when the rule holds; zero: unbounded.
@@ -76,9 +153,10 @@ type Query struct {
 	Now       time.Time
 
 	// For Sign:
-	Format string
-	Blind  bool
-	Hash   string // as in Rule.Hashes
+	Format  string
+	Blind   bool     // the digest is bare: nothing was read of what it is of
+	Hash    string   // as in Rule.Hashes
+	Package *Package // what was read, with the format rpm
 }
 
 // Decision is the answer to a Query.
@@ -155,6 +233,25 @@ func (r *Rules) MaySignSome(principal, key string, now time.Time) bool {
 	return false
 }
 
+// Reads returns the formats of ContentFormats in which a principal may sign with a
+// key now only what the gateway has read, by some rule at least.
+func (r *Rules) Reads(principal, key string, now time.Time) []string {
+	var out []string
+	for i := range r.rules {
+		rule := &r.rules[i]
+		if rule.Blind || !slices.Contains(rule.May, Sign) || !matches(rule.Principals, principal) ||
+			!matches(rule.Keys, key) || !rule.holds(now) {
+			continue
+		}
+		for _, f := range ContentFormats {
+			if rule.allowsFormat(f) && !slices.Contains(out, f) {
+				out = append(out, f)
+			}
+		}
+	}
+	return out
+}
+
 // MayAdministerAll reports whether a principal is an administrator of
 // everything: some rule gives it Admin on the key "*", spelled so.
 func (r *Rules) MayAdministerAll(principal string, now time.Time) Decision {
@@ -193,6 +290,7 @@ const (
 	passedFormat
 	passedHash
 	passedBlind
+	passedPackage
 	allowed
 )
 
@@ -215,18 +313,30 @@ func (r *Rule) refuses(q Query) match {
 	}
 	if q.Action == Sign {
 		switch {
-		case !slices.Contains(r.Formats, "*") && !slices.Contains(r.Formats, q.Format):
+		case !r.allowsFormat(q.Format):
 			return match{passedAction, fmt.Sprintf("does not allow the format %q; it allows %s", q.Format, strings.Join(r.Formats, ", "))}
 		case len(r.Hashes) > 0 && !slices.Contains(r.Hashes, q.Hash):
 			return match{passedFormat, fmt.Sprintf("does not allow the hash %s; it allows %s", q.Hash, strings.Join(r.Hashes, ", "))}
+		case r.Content != "" && (q.Blind || q.Package == nil):
+			return match{passedBlind, fmt.Sprintf("does not allow bare digests: it decides on what the gateway reads (content: %s)", r.Content)}
 		case q.Blind && !r.Blind:
 			return match{passedHash, "does not allow bare digests (blind: true)"}
+		case q.Package != nil:
+			for _, p := range r.Packages.parts(q.Package) {
+				if len(p.patterns) > 0 && !matches(p.patterns, p.value) {
+					return match{passedBlind, fmt.Sprintf("is not for this package: its %s are %s, not %q", p.field, strings.Join(p.patterns, ", "), p.value)}
+				}
+			}
 		}
 	}
 	if !r.holds(q.Now) {
-		return match{passedBlind, fmt.Sprintf("holds only %s", r.window())}
+		return match{passedPackage, fmt.Sprintf("holds only %s", r.window())}
 	}
 	return match{allowed, ""}
+}
+
+func (r *Rule) allowsFormat(f string) bool {
+	return slices.Contains(r.Formats, "*") || slices.Contains(r.Formats, f)
 }
 
 func (r *Rule) holds(now time.Time) bool {

@@ -2,6 +2,7 @@ package policy_test
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"regexp"
 	"slices"
@@ -21,7 +22,9 @@ var epoch = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
 type ruleOf struct {
 	principals, keys, may, formats, hashes []string
 	blind                                  bool
-	from, until                            int // hours after epoch; 0: unbounded
+	content                                bool                // content: rpm, and formats: [rpm]
+	packages                               map[string][]string // by field
+	from, until                            int                 // hours after epoch; 0: unbounded
 }
 
 func (r ruleOf) yaml(name string) string {
@@ -34,6 +37,15 @@ func (r ruleOf) yaml(name string) string {
 	s := "- name: " + name + "\n" + list("principals", r.principals) + list("keys", r.keys) + list("may", r.may)
 	if slices.Contains(r.may, "sign") {
 		s += list("formats", r.formats) + list("hashes", r.hashes) + fmt.Sprintf("  blind: %v\n", r.blind)
+		if r.content {
+			s += "  content: rpm\n  packages:\n"
+			for _, f := range slices.Sorted(maps.Keys(r.packages)) {
+				s += "  " + list(f, r.packages[f])
+			}
+			if len(r.packages) == 0 {
+				s = strings.TrimSuffix(s, "  packages:\n")
+			}
+		}
 	}
 	if r.from != 0 {
 		s += "  not_before: " + epoch.Add(time.Duration(r.from)*time.Hour).Format(time.RFC3339) + "\n"
@@ -52,12 +64,25 @@ func (r ruleOf) inTime(hour int) bool {
 	return (r.from == 0 || hour >= r.from) && (r.until == 0 || hour <= r.until)
 }
 
-func (r ruleOf) allows(who, key, action, format, hash string, blind bool, hour int) bool {
+func (r ruleOf) allows(who, key, action, format, hash string, blind bool, p *policy.Package, hour int) bool {
 	if !r.named(who, key) || !r.inTime(hour) || !slices.Contains(r.may, action) {
 		return false
 	}
 	if action != "sign" {
 		return true
+	}
+	if r.content && (blind || p == nil) {
+		return false
+	}
+	for field, globs := range r.packages {
+		value := map[string]string{"names": p.Name, "epochs": p.Epoch, "versions": p.Version,
+			"releases": p.Release, "arches": p.Arch, "vendors": p.Vendor}[field]
+		if field == "epochs" && value == "" {
+			value = "0"
+		}
+		if !hits(globs, value) {
+			return false
+		}
 	}
 	return (slices.Contains(r.formats, "*") || slices.Contains(r.formats, format)) &&
 		(len(r.hashes) == 0 || slices.Contains(r.hashes, hash)) && (r.blind || !blind)
@@ -106,6 +131,14 @@ func TestMatrix(t *testing.T) {
 				formats:    some("*", "rpm", "kmod", "cms"),
 				blind:      rnd.IntN(2) == 0,
 			}
+			if slices.Contains(r.may, "sign") && rnd.IntN(3) == 0 {
+				r.content, r.blind, r.formats, r.packages = true, false, []string{"rpm"}, map[string][]string{}
+				for _, f := range []string{"names", "epochs", "versions", "releases", "arches", "vendors"} {
+					if rnd.IntN(3) == 0 {
+						r.packages[f] = some("*", "alpha", "rel-*", "[ab]*", "?", "0", "b")
+					}
+				}
+			}
 			if rnd.IntN(2) == 0 {
 				r.hashes = some("sha256", "sha384", "sha512")
 			}
@@ -127,7 +160,15 @@ func TestMatrix(t *testing.T) {
 			blind, hour := rnd.IntN(2) == 0, hours[rnd.IntN(len(hours))]
 			q := policy.Query{Principal: who, Key: key, Action: policy.Action(action), Format: format, Hash: hash,
 				Blind: blind, Now: epoch.Add(time.Duration(hour) * time.Hour)}
-			by := slices.IndexFunc(rules, func(r ruleOf) bool { return r.allows(who, key, action, format, hash, blind, hour) })
+			if format == "rpm" && !blind {
+				part := func() string { return []string{"alpha", "rel-1", "b", "a/b", "0", ""}[rnd.IntN(6)] }
+				q.Package = &policy.Package{Name: part(), Epoch: part(), Version: part(), Release: part(), Arch: part(), Vendor: part()}
+			}
+			by := slices.IndexFunc(rules, func(r ruleOf) bool { return r.allows(who, key, action, format, hash, blind, q.Package, hour) })
+			reads := slices.ContainsFunc(rules, func(r ruleOf) bool {
+				return r.named(who, key) && r.inTime(hour) && slices.Contains(r.may, "sign") && !r.blind &&
+					(slices.Contains(r.formats, "*") || slices.Contains(r.formats, "rpm"))
+			})
 			sees := slices.ContainsFunc(rules, func(r ruleOf) bool { return r.named(who, key) && r.inTime(hour) })
 			signs := slices.ContainsFunc(rules, func(r ruleOf) bool {
 				return r.named(who, key) && r.inTime(hour) && slices.Contains(r.may, "sign")
@@ -141,6 +182,9 @@ func TestMatrix(t *testing.T) {
 			}
 			if got := set.MaySignSome(who, key, q.Now); got != signs || d.Allowed && action == "sign" && !got {
 				t.Fatalf("MaySignSome(%+v) = %v; the oracle says %v, Allow %v, of\n%s", q, got, signs, d.Allowed, source)
+			}
+			if got := slices.Equal(set.Reads(who, key, q.Now), []string{"rpm"}); got != reads {
+				t.Fatalf("Reads(%+v) = %v; the oracle says %v, of\n%s", q, got, reads, source)
 			}
 			if set.MayAdministerAll(who, q.Now).Allowed && key != "" {
 				q.Action = policy.Admin
@@ -172,6 +216,46 @@ func TestZeroRulesDeny(t *testing.T) {
 	}
 	if r.Len() != 0 || len(r.Explain(policy.Query{})) != 0 {
 		t.Error("no rules have a length")
+	}
+}
+
+// What a rule with content says to a package, part by part.
+func TestPackages(t *testing.T) {
+	good := policy.Package{Name: "kernel-core", Version: "6.1", Release: "3.el9", Arch: "x86_64", Vendor: "Example"}
+	q := policy.Query{Principal: "p", Key: "k", Action: policy.Sign, Format: "rpm", Hash: "sha256"}
+	r := parse(t, rule("content: rpm", "formats: [rpm]", `packages: {names: [bash, "kernel*"], epochs: ["0"], versions: ["6.?"], releases: ["*.el9"], arches: [x86_64, noarch], vendors: [Example]}`))
+	tests := []struct {
+		name   string
+		change func(*policy.Package)
+		reason string
+	}{
+		{"as it is to be", func(*policy.Package) {}, ""},
+		{"name", func(p *policy.Package) { p.Name = "kerne" }, `its names are bash, kernel*, not "kerne"`},
+		{"a slash in the name", func(p *policy.Package) { p.Name = "kernel/x" }, `names`},
+		{"epoch", func(p *policy.Package) { p.Epoch = "1" }, `its epochs are 0, not "1"`},
+		{"version", func(p *policy.Package) { p.Version = "6.10" }, "versions"},
+		{"release", func(p *policy.Package) { p.Release = "3.el8" }, "releases"},
+		{"architecture", func(p *policy.Package) { p.Arch = "src" }, "arches"},
+		{"vendor", func(p *policy.Package) { p.Vendor = "example" }, "vendors"},
+		{"no vendor", func(p *policy.Package) { p.Vendor = "" }, "vendors"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := good
+			tt.change(&p)
+			q.Package = &p
+			d := r.Allow(q)
+			if d.Allowed != (tt.reason == "") || !strings.Contains(d.Reason, tt.reason) {
+				t.Errorf("%v: %+v; want a reason with %q", &p, d, tt.reason)
+			}
+		})
+	}
+	q.Package, q.Blind = &good, true
+	if d := r.Allow(q); d.Allowed {
+		t.Errorf("a bare digest that comes with a package: %+v", d)
+	}
+	if got, want := (&policy.Package{Name: "a", Epoch: "0", Version: "1", Release: "2", Arch: "src"}).String(), "a-0:1-2.src"; got != want {
+		t.Errorf("got %s, want %s", got, want)
 	}
 }
 
@@ -295,6 +379,8 @@ func TestReasonNamesTheClosest(t *testing.T) {
 			`rule "hash" does not allow the hash sha256; it allows sha384, sha512`},
 		{"{name: blind, principals: [p], keys: [k], may: [sign], formats: ['*'], not_after: 2020-01-01T00:00:00Z}",
 			`rule "blind" does not allow bare digests (blind: true)`},
+		{"{name: content, principals: [p], keys: [k], may: [sign], formats: [rpm], content: rpm}",
+			`rule "content" does not allow bare digests: it decides on what the gateway reads (content: rpm)`},
 		{"{name: window, principals: [p], keys: [k], may: [sign], formats: ['*'], blind: true, not_before: 2019-01-01T00:00:00+01:00, not_after: 2020-01-01T00:00:00Z}",
 			`rule "window" holds only from 2018-12-31T23:00:00Z until 2020-01-01T00:00:00Z`},
 		{"{name: yes, principals: [p], keys: [k], may: [sign], formats: ['*'], blind: true}", ""},
@@ -322,6 +408,7 @@ func TestReasonNamesTheClosest(t *testing.T) {
 		`format: does not allow the format "rpm"; it allows kmod, cms`,
 		"hash: does not allow the hash sha256; it allows sha384, sha512",
 		"blind: does not allow bare digests (blind: true)",
+		"content: does not allow bare digests: it decides on what the gateway reads (content: rpm)",
 		"window: holds only from 2018-12-31T23:00:00Z until 2020-01-01T00:00:00Z",
 		"yes: allows it",
 	}
