@@ -45,8 +45,8 @@ func (a *app) pingCommand() *cobra.Command {
 			return a.print(struct {
 				Address string  `json:"address"`
 				MS      float64 `json:"ms"`
-			}{conf.Address, float64(took.Microseconds()) / 1000}, func(w io.Writer) {
-				fmt.Fprintf(w, "%s serves (%v)\n", conf.Address, took.Round(time.Millisecond))
+			}{conf.String(), float64(took.Microseconds()) / 1000}, func(w io.Writer) {
+				fmt.Fprintf(w, "%s serves (%v)\n", conf.String(), took.Round(time.Millisecond))
 			})
 		},
 	}

@@ -27,8 +27,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
+	_ "google.golang.org/grpc/health" // health checks of replicas
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -39,8 +42,10 @@ import (
 
 // Config says where the gateway is and who we are.
 type Config struct {
-	// Address is host:port.
-	Address string
+	// Address is host:port. Replicas are more of them, of gateways with the same
+	// keys: a stream is opened with each in turn that serves.
+	Address  string
+	Replicas []string
 	// TLS has our certificate and the CA that issued the gateway's.
 	TLS *tls.Config
 	// Logger; nil: discards.
@@ -92,24 +97,48 @@ func Dial(c Config) (*Client, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	conn, err := grpc.NewClient("dns:///"+c.Address,
+	target, opts := c.target()
+	conn, err := grpc.NewClient(target, append(opts,
 		grpc.WithTransportCredentials(alerting{credentials.NewTLS(c.TLS)}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-	)
+	)...)
 	if err != nil {
 		return nil, fmt.Errorf("address %q: %w", c.Address, err)
 	}
 	cl := &Client{
-		address: c.Address, conn: conn, log: c.Logger,
+		address: c.String(), conn: conn, log: c.Logger,
 		signing: pb.NewSigningServiceClient(conn), keys: pb.NewKeyServiceClient(conn),
 		policy: pb.NewPolicyServiceClient(conn), audit: pb.NewAuditServiceClient(conn),
 	}
 	cl.ctx, cl.cancel = context.WithCancel(context.Background())
 	return cl, nil
+}
+
+// String names the gateway in messages to a person.
+func (c *Config) String() string { return strings.Join(c.addresses(), ", ") }
+
+func (c *Config) addresses() []string { return append([]string{c.Address}, c.Replicas...) }
+
+// overReplicas has gRPC begin calls and streams with each address in turn, but
+// for those that cannot be reached, or say that they do not serve.
+const overReplicas = `{"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}`
+
+// target is what to connect to, and how where there are replicas.
+func (c *Config) target() (string, []grpc.DialOption) {
+	if len(c.Replicas) == 0 {
+		return "dns:///" + c.Address, nil
+	}
+	var list []resolver.Address
+	for _, a := range c.addresses() {
+		list = append(list, resolver.Address{Addr: a, ServerName: a})
+	}
+	r := manual.NewBuilderWithScheme("replicas")
+	r.InitialState(resolver.State{Addresses: list})
+	return r.Scheme() + ":///", []grpc.DialOption{grpc.WithResolvers(r), grpc.WithDefaultServiceConfig(overReplicas)}
 }
 
 // Close cuts the connection and waits for the client's goroutines. Requests in

@@ -18,12 +18,15 @@ import (
 type Profile struct {
 	// Address of the gateway, host:port.
 	Address string `yaml:"address"`
+	// Replicas are the addresses of more gateways with the same keys.
+	Replicas []string `yaml:"replicas,omitempty"`
 	// CA that issued the gateway's certificate, PEM.
 	CA string `yaml:"ca"`
 	// Certificate chain and private key of this client, PEM.
 	Certificate string `yaml:"certificate"`
 	Key         string `yaml:"key"`
-	// ServerName to expect in the gateway's certificate; empty: Address's host.
+	// ServerName to expect in the certificate of every gateway; empty: the host
+	// of its address.
 	ServerName string `yaml:"server_name,omitempty"`
 }
 
@@ -41,9 +44,19 @@ func LoadProfile(path string) (Config, error) {
 	if err := dec.Decode(&Profile{}); !errors.Is(err, io.EOF) {
 		return Config{}, fmt.Errorf("client profile %s: a second YAML document follows the first", path)
 	}
-	host, _, err := net.SplitHostPort(p.Address)
-	if err != nil || host == "" {
-		return Config{}, fmt.Errorf("client profile %s: address %q is not host:port", path, p.Address)
+	seen := map[string]bool{}
+	for i, a := range append([]string{p.Address}, p.Replicas...) {
+		field := "address"
+		if i > 0 {
+			field = "replicas"
+		}
+		if host, _, err := net.SplitHostPort(a); err != nil || host == "" {
+			return Config{}, fmt.Errorf("client profile %s: %s: %q is not host:port", path, field, a)
+		}
+		if seen[a] {
+			return Config{}, fmt.Errorf("client profile %s: %s: %q is there twice", path, field, a)
+		}
+		seen[a] = true
 	}
 	at := func(name string) string {
 		if filepath.IsAbs(name) {
@@ -68,13 +81,11 @@ func LoadProfile(path string) (Config, error) {
 	if err != nil {
 		return Config{}, fmt.Errorf("client profile %s: certificate %s with key %s: %w", path, at(p.Certificate), at(p.Key), err)
 	}
-	if p.ServerName != "" {
-		host = p.ServerName
-	}
 	return Config{
-		Address: p.Address,
+		Address: p.Address, Replicas: p.Replicas,
 		TLS: &tls.Config{
-			MinVersion: tls.VersionTLS13, RootCAs: roots, ServerName: host,
+			// ServerName empty: gRPC expects the host of the address it dials.
+			MinVersion: tls.VersionTLS13, RootCAs: roots, ServerName: p.ServerName,
 			// Not Certificates: those are left out where the server's list of
 			// issuers lacks ours, and "certificate required" would be all one
 			// is told. Sent always, a foreign one is refused as such.

@@ -69,6 +69,10 @@ func TestLoadProfile(t *testing.T) {
 		{"no port", "address: gateway.example\n" + rest, []string{"address", `"gateway.example"`}},
 		{"no host", "address: :7443\n" + rest, []string{"address", `":7443"`}},
 		{"no address", rest, []string{"address"}},
+		{"replicas", "address: gateway.example:7443\nreplicas: [b.example:7443, \"[::1]:7443\"]\n" + rest, nil},
+		{"a replica without a port", "address: a:1\nreplicas: [b]\n" + rest, []string{"replicas", `"b"`}},
+		{"an empty replica", "address: a:1\nreplicas: [\"\"]\n" + rest, []string{"replicas", `""`}},
+		{"a replica twice", "address: a:1\nreplicas: [b:1, a:1]\n" + rest, []string{"replicas", `"a:1"`, "twice"}},
 		{"no ca", "address: a:1\ncertificate: client.crt\nkey: client.key\n", []string{"ca is missing"}},
 		{"no certificate", "address: a:1\nca: ca.crt\nkey: client.key\n", []string{"certificate is missing"}},
 		{"no key", "address: a:1\nca: ca.crt\ncertificate: client.crt\n", []string{"key is missing"}},
@@ -101,8 +105,9 @@ func TestLoadProfile(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if c.Address != "gateway.example:7443" || c.TLS.ServerName != "gateway.example" {
-				t.Errorf("address %q, server name %q", c.Address, c.TLS.ServerName)
+			// The server's name is left to gRPC, which knows the address it dials.
+			if c.Address != "gateway.example:7443" || c.TLS.ServerName != "" || len(c.Replicas) != 2*strings.Count(tt.text, "replicas") {
+				t.Errorf("address %q, replicas %q, server name %q", c.Address, c.Replicas, c.TLS.ServerName)
 			}
 			cert, err := c.TLS.GetClientCertificate(nil)
 			if err != nil {
