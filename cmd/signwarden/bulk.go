@@ -46,6 +46,7 @@ type bulk struct {
 	resume    string
 
 	busy chan struct{} // a place for each job
+	asks chan struct{} // a place for each request of files that have several
 
 	mu       sync.Mutex // guards what follows, and output; held to write a line
 	bar      *progressbar.ProgressBar
@@ -299,9 +300,42 @@ func (w waiting) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 	return w.Signer.Sign(rand, digest, opts)
 }
 
+// each calls ask for 0 to n-1, many at a time, and waits for all. It is for a
+// caller that has a job's place, and gives that away meanwhile. After an error no
+// more are begun; the first one is returned.
+func (b *bulk) each(n int, ask func(i int) error) error {
+	<-b.busy
+	defer func() { b.busy <- struct{}{} }()
+	var wg sync.WaitGroup
+	failed := make(chan error, 1)
+	for i := range n {
+		b.asks <- struct{}{}
+		if len(failed) > 0 {
+			<-b.asks
+			break
+		}
+		wg.Go(func() {
+			defer func() { <-b.asks }()
+			if err := ask(i); err != nil {
+				select {
+				case failed <- err:
+				default: // another was first
+				}
+			}
+		})
+	}
+	wg.Wait()
+	select {
+	case err := <-failed:
+		return err
+	default:
+		return nil
+	}
+}
+
 // begin sets output up: JSON lines, a bar on a terminal, else a line a file.
 func (b *bulk) begin(n int) {
-	b.busy = make(chan struct{}, b.jobs)
+	b.busy, b.asks = make(chan struct{}, b.jobs), make(chan struct{}, maxWindow)
 	if b.a.format == "jsonl" {
 		b.enc = json.NewEncoder(b.a.out)
 		b.enc.SetEscapeHTML(false)

@@ -90,22 +90,35 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 			}
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
-			claim := client.Claim{File: filepath.Base(file)}
-			var fileSigner crypto.Signer
-			if j.ima != "" {
-				fileSigner = waiting{c.Signer(ctx, ima, "ima", claim), &j.bulk}
-			}
-			return j.signFile(ctx, file, k, fileSigner, func(nevra string) crypto.Signer {
-				claim.NEVRA = nevra
-				return waiting{c.Signer(ctx, k.Key, "rpm", claim), &j.bulk}
+			return j.signFile(ctx, file, k, func(nevra string, list []rpm.Request) ([][]byte, error) {
+				claim := client.Claim{File: filepath.Base(file), NEVRA: nevra}
+				pkg, own := c.Signer(ctx, k.Key, "rpm", claim), c.Signer(ctx, ima, "ima", claim)
+				return j.bulk.answers(list, pkg, own)
 			})
 		})
 	})
 }
 
+// answers has the requests of one package signed: by pkg, those of its files by ima.
+func (b *bulk) answers(list []rpm.Request, pkg, ima crypto.Signer) ([][]byte, error) {
+	raw := make([][]byte, len(list))
+	return raw, b.each(len(list), func(i int) (err error) {
+		by := pkg
+		if list[i].File >= 0 {
+			by = ima
+		}
+		raw[i], err = by.Sign(nil, list[i].Digest, list[i].Opts)
+		return err
+	})
+}
+
+// signRequests has the requests of one package signed, and returns the answers in
+// their order.
+type signRequests func(nevra string, list []rpm.Request) ([][]byte, error)
+
 // signFile signs one package and returns where it is.
-func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, ima crypto.Signer, signer func(nevra string) crypto.Signer) (string, error) {
-	update, err := j.prepare(ctx, file, k, ima, signer)
+func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, sign signRequests) (string, error) {
+	update, err := j.prepare(ctx, file, k, sign)
 	if err != nil {
 		return "", err
 	}
@@ -121,7 +134,7 @@ func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, ima cr
 
 // prepare reads a package and has it signed; the file is not changed, but for
 // what an earlier run has left unfinished.
-func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, ima crypto.Signer, signer func(string) crypto.Signer) (*rpm.Update, error) {
+func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, sign signRequests) (*rpm.Update, error) {
 	if _, err := rpm.Recover(file, j.file); err != nil {
 		return nil, rpmHint(err)
 	}
@@ -142,7 +155,11 @@ func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, ima cry
 	if err != nil {
 		return nil, rpmHint(err)
 	}
-	return s.Sign(signer(p.Header.NEVRA.String()), ima)
+	raw, err := sign(p.Header.NEVRA.String(), s.Requests())
+	if err != nil {
+		return nil, fmt.Errorf("signing %s: %w", p.Header.NEVRA, err)
+	}
+	return s.Finish(raw)
 }
 
 // rpmHint says what to do about an error of package rpm.
