@@ -21,7 +21,7 @@ import (
 
 func (a *app) signCommand() *cobra.Command {
 	c := &cobra.Command{Use: "sign", Short: "Sign files"}
-	c.AddCommand(a.signOpenPGP(), a.signRPM(), a.signKMod(), a.signEFI(), a.signEFIVar(), a.signCMS(), a.signAuto())
+	c.AddCommand(a.signOpenPGP(), a.signRPM(), a.signKMod(), a.signEFI(), a.signEFIVar(), a.signCMS(), a.signFSVerity(), a.signDMVerity(), a.signAuto())
 	return c
 }
 

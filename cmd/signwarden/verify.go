@@ -15,7 +15,9 @@ import (
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/formats/cms"
+	"github.com/signwarden/signwarden/formats/dmverity"
 	"github.com/signwarden/signwarden/formats/efivar"
+	"github.com/signwarden/signwarden/formats/fsverity"
 	"github.com/signwarden/signwarden/formats/kmod"
 	"github.com/signwarden/signwarden/formats/openpgp"
 	"github.com/signwarden/signwarden/formats/pe"
@@ -30,7 +32,8 @@ type verifyJob struct {
 	signature      string // of a detached one; empty: beside the file
 	noPayloadCheck bool
 	variable       efivar.Variable
-	attributes     uint32       // of variable
+	attributes     uint32 // of variable
+	tree           fsverity.Parameters
 	ready          func() error // reads the flags that only this command has; nil: none
 
 	pgp     *openpgp.Certificate
@@ -65,6 +68,8 @@ is none.`,
 		{"efi FILE...", "Verify EFI images: one good signature is enough", false, (*verifyJob).checkEFI, nil},
 		{"efivar --variable NAME FILE...", "Verify updates of EFI variables", false, (*verifyJob).checkEFIVar, (*verifyJob).variableFlags},
 		{"cms FILE...", "Verify detached CMS signatures: FILE.p7s", false, (*verifyJob).checkCMS, (*verifyJob).signatureFlag},
+		{"fsverity FILE...", "Verify signatures for fs-verity: FILE" + fsveritySuffix, false, (*verifyJob).checkFSVerity, (*verifyJob).treeFlags},
+		{"dmverity FILE...", "Verify signatures of root hashes: FILE" + dmveritySuffix, false, (*verifyJob).checkDMVerity, (*verifyJob).signatureFlag},
 	} {
 		j := &verifyJob{a: a}
 		sub := &cobra.Command{
@@ -203,6 +208,16 @@ func (j *verifyJob) beside(file string, suffixes ...string) (*os.File, error) {
 	return nil, exit.Hint(fmt.Errorf("there is no signature beside it (%q)", suffixes), "name it with --signature")
 }
 
+// message reads the detached CMS signature of a file.
+func (j *verifyJob) message(file, suffix string) ([]byte, error) {
+	sig, err := j.beside(file, suffix)
+	if err != nil {
+		return nil, err
+	}
+	defer sig.Close()
+	return io.ReadAll(io.LimitReader(sig, cms.MaxSize+1))
+}
+
 func (j *verifyJob) checkOpenPGP(f untilDone, _ int64) (string, error) {
 	head := make([]byte, len(clearHead))
 	if n, err := f.ReadAt(head, 0); err == nil && bytes.Equal(head[:n], []byte(clearHead)) && j.signature == "" {
@@ -307,12 +322,7 @@ func (j *verifyJob) checkEFIVar(f untilDone, _ int64) (string, error) {
 }
 
 func (j *verifyJob) checkCMS(f untilDone, _ int64) (string, error) {
-	sig, err := j.beside(f.f.Name(), ".p7s")
-	if err != nil {
-		return "", err
-	}
-	defer sig.Close()
-	der, err := io.ReadAll(io.LimitReader(sig, cms.MaxSize+1))
+	der, err := j.message(f.f.Name(), ".p7s")
 	if err != nil {
 		return "", err
 	}
@@ -331,4 +341,38 @@ func (j *verifyJob) checkCMS(f untilDone, _ int64) (string, error) {
 		_, err := io.Copy(digest, f)
 		return digest.Sum(nil), err
 	}, j.trusted))
+}
+
+func (j *verifyJob) treeFlags(c *cobra.Command) {
+	var tree treeFlags
+	tree.flags(c)
+	j.signatureFlag(c)
+	j.ready = func() (err error) {
+		j.tree, err = tree.parameters()
+		return err
+	}
+}
+
+func (j *verifyJob) checkFSVerity(f untilDone, _ int64) (string, error) {
+	sig, err := j.message(f.f.Name(), fsveritySuffix)
+	if err != nil {
+		return "", err
+	}
+	who, err := subjects(fsverity.Verify(f, sig, j.trusted, j.tree))
+	if errors.Is(err, cms.ErrBadSignature) {
+		err = exit.Hint(err, "it may be of another --hash, --block-size or --salt")
+	}
+	return who, err
+}
+
+func (j *verifyJob) checkDMVerity(f untilDone, _ int64) (string, error) {
+	sig, err := j.message(f.f.Name(), dmveritySuffix)
+	if err != nil {
+		return "", err
+	}
+	text, err := readRootHash(f)
+	if err != nil {
+		return "", err
+	}
+	return subjects(dmverity.Verify(text, sig, j.trusted))
 }
