@@ -42,11 +42,19 @@ func TestContentRules(t *testing.T) {
 		t.Errorf("exit code %d, want 6\n%s", r.code, r.stderr)
 	}
 	entries := g.audit(t, 1000)[rows:]
-	if len(entries) != len(files) {
-		t.Errorf("%d rows in the audit log, want %d", len(entries), len(files))
+	// One package has no digest of its payload: a signature over that is asked for
+	// as well, and is a bare digest.
+	if len(entries) != len(files)+1 {
+		t.Errorf("%d rows in the audit log, want %d", len(entries), len(files)+1)
 	}
 	seen := map[string]bool{}
 	for _, e := range entries {
+		if e.Entry["nevra"] == "" {
+			if e.Entry["outcome"] != "denied" || !strings.HasPrefix(e.Entry["claim_nevra"], "simple-") {
+				t.Errorf("audit entry %v", e.Entry)
+			}
+			continue
+		}
 		seen[e.Entry["nevra"]] = true
 		if want := strings.HasPrefix(e.Entry["nevra"], ours+"-"); (e.Entry["outcome"] == "signed") != want || e.Entry["nevra"] != e.Entry["claim_nevra"] {
 			t.Errorf("audit entry %v", e.Entry)

@@ -30,6 +30,8 @@ need sbverify sbsigntool sbsigntools
 need pesign pesign pesign
 need osslsigncode osslsigncode osslsigncode
 need sign-efi-sig-list efitools efitools
+need fsverity fsverity fsverity-utils
+need veritysetup cryptsetup-bin veritysetup
 need modinfo kmod kmod
 need xz xz-utils xz
 need zstd zstd zstd

@@ -181,6 +181,126 @@ func TestSignEFIVar(t *testing.T) {
 	}
 }
 
+// Updates of EFI variables by us, sbvarsign and sign-efi-sig-list, verified by us:
+// of the variable, vendor and attributes that they were made for, and no other.
+func TestVerifyEFIVar(t *testing.T) {
+	g := newGateway(t)
+	g.must(t, "signwarden", "key", "create", "kek", "--algorithm", "rsa2048")
+	g.must(t, "signwarden", "key", "cert", "kek", "--self-signed", "--subject", "CN=kek", "--usage", "efi")
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	writeFile(t, at("ours.pem"), g.must(t, "signwarden", "key", "export", "kek", "--format", "x509"))
+	mustEnv(t, os.Environ(), "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", at("theirs.key"), "-out", at("theirs.pem"), "-subj", "/CN=theirs", "-days", "2")
+	mustEnv(t, os.Environ(), "cert-to-efi-sig-list", at("ours.pem"), at("db.esl"))
+	const guid, other = "11111111-2222-3333-4444-123456789abc", "11111111-2222-3333-4444-123456789abd"
+
+	g.must(t, "signwarden", "sign", "efivar", "--key", "kek", "--variable", "db", "--output", at("ours.auth"), at("db.esl"))
+	g.must(t, "signwarden", "sign", "efivar", "--key", "kek", "--variable", "dbx", "--append", "--output", at("ours-append.auth"), at("db.esl"))
+	mustEnv(t, os.Environ(), "sign-efi-sig-list", "-k", at("theirs.key"), "-c", at("theirs.pem"), "KEK", at("db.esl"), at("efitools.auth"))
+	mustEnv(t, os.Environ(), "sign-efi-sig-list", "-a", "-k", at("theirs.key"), "-c", at("theirs.pem"), "db", at("db.esl"), at("efitools-append.auth"))
+	mustEnv(t, os.Environ(), "sbvarsign", "--key", at("theirs.key"), "--cert", at("theirs.pem"), "--attr", "NON_VOLATILE,BOOTSERVICE_ACCESS,RUNTIME_ACCESS", "--output", at("sbvarsign.auth"), "db", at("db.esl"))
+	mustEnv(t, os.Environ(), "sbvarsign", "--key", at("theirs.key"), "--cert", at("theirs.pem"), "--output", at("sbvarsign-append.auth"), "--guid", guid, "Setting", at("db.esl"))
+
+	for _, tt := range []struct {
+		file string
+		cert []string
+		good []string   // of these flags
+		bad  [][]string // of none of these
+	}{
+		{"ours.auth", []string{"--key", "kek"}, []string{"--variable", "db"},
+			[][]string{{"--variable", "db", "--append"}, {"--variable", "dbx"}, {"--variable", "db", "--vendor", guid}}},
+		{"ours-append.auth", []string{"--cert", at("ours.pem")}, []string{"--variable", "dbx", "--append"},
+			[][]string{{"--variable", "dbx"}, {"--variable", "db", "--append"}}},
+		{"efitools.auth", []string{"--cert", at("theirs.pem")}, []string{"--variable", "KEK"},
+			[][]string{{"--variable", "KEK", "--append"}, {"--variable", "PK"}}},
+		{"efitools-append.auth", []string{"--cert", at("theirs.pem")}, []string{"--variable", "db", "--append"},
+			[][]string{{"--variable", "db"}}},
+		{"sbvarsign.auth", []string{"--cert", at("theirs.pem")}, []string{"--variable", "db", "--vendor", "D719B2CB-3D3A-4596-A3BC-DAD00E67656F"},
+			[][]string{{"--variable", "db", "--append"}, {"--variable", "dbx"}}},
+		{"sbvarsign-append.auth", []string{"--cert", at("theirs.pem")}, []string{"--variable", "Setting", "--vendor", guid, "--append"},
+			[][]string{{"--variable", "Setting", "--vendor", other, "--append"}, {"--variable", "setting", "--vendor", guid, "--append"}}},
+	} {
+		verify := func(cert, flags []string, files ...string) result {
+			t.Helper()
+			return g.try(t, "signwarden", append(append(append([]string{"verify", "efivar"}, cert...), flags...), files...)...)
+		}
+		name := at(tt.file)
+		if r := verify(tt.cert, tt.good, name); r.code != 0 || !strings.Contains(r.stdout, name+": good signature by CN=") {
+			t.Errorf("%s: exit code %d: %s%s", tt.file, r.code, r.stdout, r.stderr)
+		}
+		for _, flags := range tt.bad {
+			if r := verify(tt.cert, flags, name); r.code != 3 || r.stdout != "" || !strings.Contains(r.stderr, name+": ") {
+				t.Errorf("%s %q: exit code %d, want 3: %s%s", tt.file, flags, r.code, r.stdout, r.stderr)
+			}
+		}
+		stranger := []string{"--cert", at("theirs.pem")}
+		if !strings.HasPrefix(tt.file, "ours") {
+			stranger = []string{"--key", "kek"}
+		}
+		if r := verify(stranger, tt.good, name); r.code != 3 {
+			t.Errorf("%s by a stranger: exit code %d, want 3: %s", tt.file, r.code, r.stderr)
+		}
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		flipped := bytes.Clone(b)
+		flipped[len(b)-1] ^= 1
+		writeFile(t, at("flipped.auth"), string(flipped))
+		writeFile(t, at("cut.auth"), string(b[:len(b)-1]))
+		writeFile(t, at("empty.auth"), "")
+		broken := []string{at("flipped.auth"), at("cut.auth"), at("empty.auth"), at("db.esl")}
+		r := verify(tt.cert, tt.good, append([]string{name}, broken...)...)
+		if r.code != 3 || strings.Count(r.stdout, "\n") != 1 {
+			t.Errorf("%s and broken ones: exit code %d, want 3: %s%s", tt.file, r.code, r.stdout, r.stderr)
+		}
+		for _, f := range broken {
+			if n := strings.Count(r.stderr, "signwarden: "+f+": "); n != 1 {
+				t.Errorf("%s is told of %d times:\n%s", f, n, r.stderr)
+			}
+		}
+	}
+	for _, flags := range [][]string{{"--variable", "Boot0001"}, {"--variable", "db", "--vendor", "db"}, {}} {
+		if r := g.try(t, "signwarden", append([]string{"verify", "efivar", "--key", "kek", at("ours.auth")}, flags...)...); r.code != 2 {
+			t.Errorf("%q: exit code %d, want 2: %s", flags, r.code, r.stderr)
+		}
+	}
+}
+
+// verify --key means that key, and nobody whose certificate its issuer has signed
+// too; verify --cert with the issuer's certificate means all of them.
+func TestVerifyKeyMeansKey(t *testing.T) {
+	g := newGateway(t)
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	openssl := func(args ...string) { t.Helper(); mustEnv(t, os.Environ(), "openssl", args...) }
+	g.must(t, "signwarden", "key", "create", "leaf", "--algorithm", "p256")
+	writeFile(t, at("leaf.csr"), g.must(t, "signwarden", "key", "csr", "leaf", "--subject", "CN=leaf"))
+	openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", at("ca.key"), "-out", at("ca.pem"), "-subj", "/CN=CA", "-days", "2")
+	openssl("req", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", at("sibling.key"), "-out", at("sibling.csr"), "-subj", "/CN=sibling")
+	for _, name := range []string{"leaf", "sibling"} {
+		openssl("x509", "-req", "-in", at(name+".csr"), "-CA", at("ca.pem"), "-CAkey", at("ca.key"), "-CAcreateserial", "-days", "1", "-out", at(name+".pem"))
+	}
+	chain := mustEnv(t, os.Environ(), "cat", at("leaf.pem"), at("ca.pem"))
+	writeFile(t, at("chain.pem"), chain)
+	g.must(t, "signwarden", "key", "cert", "leaf", "--import", at("chain.pem"))
+	writeFile(t, at("ours"), "text")
+	writeFile(t, at("siblings"), "text")
+	g.must(t, "signwarden", "sign", "cms", "--key", "leaf", at("ours"))
+	openssl("cms", "-sign", "-binary", "-outform", "DER", "-in", at("siblings"), "-signer", at("sibling.pem"), "-inkey", at("sibling.key"), "-out", at("siblings.p7s"))
+	for _, tt := range []struct {
+		by, file string
+		code     int
+	}{
+		{"--key=leaf", "ours", 0}, {"--key=leaf", "siblings", 3},
+		{"--cert=" + at("ca.pem"), "ours", 0}, {"--cert=" + at("ca.pem"), "siblings", 0},
+	} {
+		if r := g.try(t, "signwarden", "verify", "cms", tt.by, at(tt.file)); r.code != tt.code {
+			t.Errorf("%s %s: exit code %d, want %d: %s%s", tt.by, tt.file, r.code, tt.code, r.stdout, r.stderr)
+		}
+	}
+}
+
 // A directory of all kinds: each file is signed as what it holds, whatever its
 // name, and the rest is left alone.
 func TestSignAuto(t *testing.T) {

@@ -24,7 +24,6 @@ import (
 	"golang.org/x/term"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
-	"github.com/signwarden/signwarden/gateway/client"
 )
 
 // The bounds of a bulk run.
@@ -47,6 +46,7 @@ type bulk struct {
 	resume    string
 
 	busy chan struct{} // a place for each job
+	asks chan struct{} // a place for each request of files that have several
 
 	mu       sync.Mutex // guards what follows, and output; held to write a line
 	bar      *progressbar.ProgressBar
@@ -300,31 +300,42 @@ func (w waiting) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 	return w.Signer.Sign(rand, digest, opts)
 }
 
-// waitingMessages is waiting for a signer that is sent messages.
-type waitingMessages struct {
-	waiting
-	m crypto.MessageSigner
-}
-
-func (w waitingMessages) SignMessage(rand io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
-	<-w.b.busy
-	defer func() { w.b.busy <- struct{}{} }()
-	return w.m.SignMessage(rand, message, opts)
-}
-
-// signer is a signer for one file. Where the gateway wants to read what it signs
-// it is a crypto.MessageSigner, which not every format's package asks for.
-func (b *bulk) signer(ctx context.Context, c *client.Client, k client.Key, format string, claim client.Claim) crypto.Signer {
-	if !slices.Contains(k.Reads, format) {
-		return waiting{c.Signer(ctx, k, format, claim), b}
+// each calls ask for 0 to n-1, many at a time, and waits for all. It is for a
+// caller that has a job's place, and gives that away meanwhile. After an error no
+// more are begun; the first one is returned.
+func (b *bulk) each(n int, ask func(i int) error) error {
+	<-b.busy
+	defer func() { b.busy <- struct{}{} }()
+	var wg sync.WaitGroup
+	failed := make(chan error, 1)
+	for i := range n {
+		b.asks <- struct{}{}
+		if len(failed) > 0 {
+			<-b.asks
+			break
+		}
+		wg.Go(func() {
+			defer func() { <-b.asks }()
+			if err := ask(i); err != nil {
+				select {
+				case failed <- err:
+				default: // another was first
+				}
+			}
+		})
 	}
-	m := c.MessageSigner(ctx, k, format, claim)
-	return waitingMessages{waiting{m, b}, m}
+	wg.Wait()
+	select {
+	case err := <-failed:
+		return err
+	default:
+		return nil
+	}
 }
 
 // begin sets output up: JSON lines, a bar on a terminal, else a line a file.
 func (b *bulk) begin(n int) {
-	b.busy = make(chan struct{}, b.jobs)
+	b.busy, b.asks = make(chan struct{}, b.jobs), make(chan struct{}, maxWindow)
 	if b.a.format == "jsonl" {
 		b.enc = json.NewEncoder(b.a.out)
 		b.enc.SetEscapeHTML(false)

@@ -21,7 +21,7 @@ import (
 
 func (a *app) signCommand() *cobra.Command {
 	c := &cobra.Command{Use: "sign", Short: "Sign files"}
-	c.AddCommand(a.signOpenPGP(), a.signRPM(), a.signKMod(), a.signEFI(), a.signEFIVar(), a.signCMS(), a.signAuto())
+	c.AddCommand(a.signOpenPGP(), a.signRPM(), a.signKMod(), a.signEFI(), a.signEFIVar(), a.signCMS(), a.signFSVerity(), a.signDMVerity(), a.signAuto())
 	return c
 }
 
@@ -186,7 +186,7 @@ func (j *openpgpJob) sign(ctx context.Context, args []string) error {
 			return err
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
-			signer := j.signer(ctx, c, k.Key, "openpgp", client.Claim{File: filepath.Base(file)})
+			signer := waiting{c.Signer(ctx, k.Key, "openpgp", client.Claim{File: filepath.Base(file)}), &j.bulk}
 			return j.signFile(ctx, k.pgp, signer, file, openpgp.SignOptions{Armor: j.armor, Hash: hash})
 		})
 	})

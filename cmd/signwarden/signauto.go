@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto"
 	"errors"
 	"path/filepath"
 
@@ -70,7 +69,6 @@ func (j *autoJob) signFile(ctx context.Context, c *client.Client, k client.Key, 
 		return "", err
 	}
 	claim := client.Claim{File: filepath.Base(file)}
-	signer := func() crypto.Signer { return j.bulk.signer(ctx, c, k, format, claim) }
 	x := x509Job{target: j.target}
 	switch format {
 	case "rpm":
@@ -79,18 +77,19 @@ func (j *autoJob) signFile(ctx context.Context, c *client.Client, k client.Key, 
 			return "", err
 		}
 		r := rpmJob{target: j.target}
-		return r.signFile(ctx, file, pgp, nil, func(nevra string) crypto.Signer {
+		return r.signFile(ctx, file, pgp, func(nevra string, list []rpm.Request) ([][]byte, error) {
 			claim.NEVRA = nevra
-			return signer()
+			return j.bulk.answers(list, packageSigner(ctx, c, k, claim), nil)
 		})
 	case "authenticode", "kmod":
 		if len(k.X509) == 0 {
 			return "", noX509(k.Name)
 		}
+		signer := waiting{c.Signer(ctx, k, format, claim), &j.bulk}
 		if format == "kmod" {
-			return x.signFile(ctx, k, signer(), file, x.module)
+			return x.signFile(ctx, k, signer, file, x.module)
 		}
-		return x.signFile(ctx, k, signer(), file, x.image)
+		return x.signFile(ctx, k, signer, file, x.image)
 	}
 	return "", exit.Hint(errors.New("is no package, EFI image or kernel module"), "sign openpgp and sign cms make detached signatures of any file")
 }

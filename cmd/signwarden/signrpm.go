@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -90,22 +91,43 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 			}
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
-			claim := client.Claim{File: filepath.Base(file)}
-			var fileSigner crypto.Signer
-			if j.ima != "" {
-				fileSigner = j.signer(ctx, c, ima, "ima", claim)
-			}
-			return j.signFile(ctx, file, k, fileSigner, func(nevra string) crypto.Signer {
-				claim.NEVRA = nevra
-				return j.signer(ctx, c, k.Key, "rpm", claim)
+			return j.signFile(ctx, file, k, func(nevra string, list []rpm.Request) ([][]byte, error) {
+				claim := client.Claim{File: filepath.Base(file), NEVRA: nevra}
+				return j.bulk.answers(list, packageSigner(ctx, c, k.Key, claim), c.Signer(ctx, ima, "ima", claim))
 			})
 		})
 	})
 }
 
+// packageSigner signs packages: where the gateway wants to read what it signs it is
+// a crypto.MessageSigner, which is shown their headers.
+func packageSigner(ctx context.Context, c *client.Client, k client.Key, claim client.Claim) crypto.Signer {
+	if slices.Contains(k.Reads, "rpm") {
+		return c.MessageSigner(ctx, k, "rpm", claim)
+	}
+	return c.Signer(ctx, k, "rpm", claim)
+}
+
+// answers has the requests of one package signed: by pkg, those of its files by ima.
+func (b *bulk) answers(list []rpm.Request, pkg, ima crypto.Signer) ([][]byte, error) {
+	raw := make([][]byte, len(list))
+	return raw, b.each(len(list), func(i int) (err error) {
+		by := pkg
+		if list[i].File >= 0 {
+			by = ima
+		}
+		raw[i], err = list[i].Answer(by)
+		return err
+	})
+}
+
+// signRequests has the requests of one package signed, and returns the answers in
+// their order.
+type signRequests func(nevra string, list []rpm.Request) ([][]byte, error)
+
 // signFile signs one package and returns where it is.
-func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, ima crypto.Signer, signer func(nevra string) crypto.Signer) (string, error) {
-	update, err := j.prepare(ctx, file, k, ima, signer)
+func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, sign signRequests) (string, error) {
+	update, err := j.prepare(ctx, file, k, sign)
 	if err != nil {
 		return "", err
 	}
@@ -121,7 +143,7 @@ func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, ima cr
 
 // prepare reads a package and has it signed; the file is not changed, but for
 // what an earlier run has left unfinished.
-func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, ima crypto.Signer, signer func(string) crypto.Signer) (*rpm.Update, error) {
+func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, sign signRequests) (*rpm.Update, error) {
 	if _, err := rpm.Recover(file, j.file); err != nil {
 		return nil, rpmHint(err)
 	}
@@ -142,7 +164,11 @@ func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, ima cry
 	if err != nil {
 		return nil, rpmHint(err)
 	}
-	return s.Sign(signer(p.Header.NEVRA.String()), ima)
+	raw, err := sign(p.Header.NEVRA.String(), s.Requests())
+	if err != nil {
+		return nil, fmt.Errorf("signing %s: %w", p.Header.NEVRA, err)
+	}
+	return s.Finish(raw)
 }
 
 // rpmHint says what to do about an error of package rpm.

@@ -170,15 +170,23 @@ code is 6.`,
 }
 
 func (j *x509Job) sign(ctx context.Context, args []string, keep func(string) bool, sign func(signing) error) error {
-	var err error
-	if j.h, err = j.hash.hash(); err != nil {
-		return err
-	}
 	files, err := j.list(args, keep)
 	if err != nil {
 		return err
 	}
 	if err := j.check(files); err != nil {
+		return err
+	}
+	return j.signAll(ctx, files, func(ctx context.Context, c *client.Client, k client.Key, file string) (string, error) {
+		signer := waiting{c.Signer(ctx, k, j.format, client.Claim{File: filepath.Base(file)}), &j.bulk}
+		return j.signFile(ctx, k, signer, file, sign)
+	})
+}
+
+// signAll runs one for each file, with the key and its certificate at hand.
+func (j *x509Job) signAll(ctx context.Context, files []string, one func(context.Context, *client.Client, client.Key, string) (string, error)) error {
+	var err error
+	if j.h, err = j.hash.hash(); err != nil {
 		return err
 	}
 	return j.a.with(func(c *client.Client) error {
@@ -189,10 +197,7 @@ func (j *x509Job) sign(ctx context.Context, args []string, keep func(string) boo
 		if len(k.X509) == 0 {
 			return noX509(k.Name)
 		}
-		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
-			signer := j.signer(ctx, c, k, j.format, client.Claim{File: filepath.Base(file)})
-			return j.signFile(ctx, k, signer, file, sign)
-		})
+		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) { return one(ctx, c, k, file) })
 	})
 }
 

@@ -15,6 +15,9 @@ import (
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/formats/cms"
+	"github.com/signwarden/signwarden/formats/dmverity"
+	"github.com/signwarden/signwarden/formats/efivar"
+	"github.com/signwarden/signwarden/formats/fsverity"
 	"github.com/signwarden/signwarden/formats/kmod"
 	"github.com/signwarden/signwarden/formats/openpgp"
 	"github.com/signwarden/signwarden/formats/pe"
@@ -28,6 +31,10 @@ type verifyJob struct {
 	key, cert      string
 	signature      string // of a detached one; empty: beside the file
 	noPayloadCheck bool
+	variable       efivar.Variable
+	attributes     uint32 // of variable
+	tree           fsverity.Parameters
+	ready          func() error // reads the flags that only this command has; nil: none
 
 	pgp     *openpgp.Certificate
 	trusted []*x509.Certificate
@@ -59,7 +66,10 @@ is none.`,
 		}},
 		{"kmod FILE...", "Verify kernel modules", false, (*verifyJob).checkKMod, nil},
 		{"efi FILE...", "Verify EFI images: one good signature is enough", false, (*verifyJob).checkEFI, nil},
+		{"efivar --variable NAME FILE...", "Verify updates of EFI variables", false, (*verifyJob).checkEFIVar, (*verifyJob).variableFlags},
 		{"cms FILE...", "Verify detached CMS signatures: FILE.p7s", false, (*verifyJob).checkCMS, (*verifyJob).signatureFlag},
+		{"fsverity FILE...", "Verify signatures for fs-verity: FILE" + fsveritySuffix, false, (*verifyJob).checkFSVerity, (*verifyJob).treeFlags},
+		{"dmverity FILE...", "Verify signatures of root hashes: FILE" + dmveritySuffix, false, (*verifyJob).checkDMVerity, (*verifyJob).signatureFlag},
 	} {
 		j := &verifyJob{a: a}
 		sub := &cobra.Command{
@@ -67,6 +77,11 @@ is none.`,
 			RunE: func(cmd *cobra.Command, files []string) error {
 				if j.signature != "" && len(files) > 1 {
 					return exit.UsageError("--signature goes with one file; there are %d", len(files))
+				}
+				if j.ready != nil {
+					if err := j.ready(); err != nil {
+						return err
+					}
 				}
 				if err := j.load(cmd.Context(), v.openpgp); err != nil {
 					return err
@@ -108,6 +123,7 @@ func (j *verifyJob) load(ctx context.Context, pgp bool) error {
 			if pgp {
 				format = "openpgp"
 			}
+			k.X509 = k.X509[:min(1, len(k.X509))] // not its issuers: others have certificates of theirs
 			text, err = export(k, format)
 			return err
 		})
@@ -192,6 +208,16 @@ func (j *verifyJob) beside(file string, suffixes ...string) (*os.File, error) {
 	return nil, exit.Hint(fmt.Errorf("there is no signature beside it (%q)", suffixes), "name it with --signature")
 }
 
+// message reads the detached CMS signature of a file.
+func (j *verifyJob) message(file, suffix string) ([]byte, error) {
+	sig, err := j.beside(file, suffix)
+	if err != nil {
+		return nil, err
+	}
+	defer sig.Close()
+	return io.ReadAll(io.LimitReader(sig, cms.MaxSize+1))
+}
+
 func (j *verifyJob) checkOpenPGP(f untilDone, _ int64) (string, error) {
 	head := make([]byte, len(clearHead))
 	if n, err := f.ReadAt(head, 0); err == nil && bytes.Equal(head[:n], []byte(clearHead)) && j.signature == "" {
@@ -250,13 +276,53 @@ func (j *verifyJob) checkEFI(f untilDone, size int64) (string, error) {
 	return "", pe.ErrNotSigned
 }
 
-func (j *verifyJob) checkCMS(f untilDone, _ int64) (string, error) {
-	sig, err := j.beside(f.f.Name(), ".p7s")
+// variableFlags has the variable named that an update is of, which the file does
+// not do.
+func (j *verifyJob) variableFlags(c *cobra.Command) {
+	var name, vendor string
+	var add bool
+	c.Flags().StringVar(&name, "variable", "", "PK, KEK, db, dbx, or with --vendor any other")
+	c.Flags().StringVar(&vendor, "vendor", "", "GUID of the variable's vendor (default: that of PK, KEK, db or dbx)")
+	c.Flags().BoolVar(&add, "append", false, "the update adds to what the variable holds")
+	exit.Require(c, "variable")
+	j.ready = func() error {
+		v, ok := efivar.Lookup(name)
+		if !ok && vendor == "" {
+			return exit.UsageError("--variable %q is not PK, KEK, db or dbx; name the --vendor of any other", name)
+		}
+		if vendor != "" {
+			guid, err := efivar.ParseGUID(vendor)
+			if err != nil {
+				return exit.UsageError("--vendor %q is no GUID", vendor)
+			}
+			v = efivar.Variable{Name: name, Vendor: guid}
+		}
+		j.variable, j.attributes = v, efivar.Replacing
+		if add {
+			j.attributes = efivar.Appending
+		}
+		return nil
+	}
+}
+
+func (j *verifyJob) checkEFIVar(f untilDone, _ int64) (string, error) {
+	b, err := io.ReadAll(io.LimitReader(f, efivar.MaxUpdate+1))
 	if err != nil {
 		return "", err
 	}
-	defer sig.Close()
-	der, err := io.ReadAll(io.LimitReader(sig, cms.MaxSize+1))
+	u, err := efivar.Parse(b)
+	if err != nil {
+		return "", err
+	}
+	who, err := subjects(u.Verify(j.variable, j.attributes, j.trusted))
+	if errors.Is(err, cms.ErrBadSignature) {
+		err = exit.Hint(err, "it may be of another --variable or --vendor, or with or without --append")
+	}
+	return who, err
+}
+
+func (j *verifyJob) checkCMS(f untilDone, _ int64) (string, error) {
+	der, err := j.message(f.f.Name(), ".p7s")
 	if err != nil {
 		return "", err
 	}
@@ -275,4 +341,38 @@ func (j *verifyJob) checkCMS(f untilDone, _ int64) (string, error) {
 		_, err := io.Copy(digest, f)
 		return digest.Sum(nil), err
 	}, j.trusted))
+}
+
+func (j *verifyJob) treeFlags(c *cobra.Command) {
+	var tree treeFlags
+	tree.flags(c)
+	j.signatureFlag(c)
+	j.ready = func() (err error) {
+		j.tree, err = tree.parameters()
+		return err
+	}
+}
+
+func (j *verifyJob) checkFSVerity(f untilDone, _ int64) (string, error) {
+	sig, err := j.message(f.f.Name(), fsveritySuffix)
+	if err != nil {
+		return "", err
+	}
+	who, err := subjects(fsverity.Verify(f, sig, j.trusted, j.tree))
+	if errors.Is(err, cms.ErrBadSignature) {
+		err = exit.Hint(err, "it may be of another --hash, --block-size or --salt")
+	}
+	return who, err
+}
+
+func (j *verifyJob) checkDMVerity(f untilDone, _ int64) (string, error) {
+	sig, err := j.message(f.f.Name(), dmveritySuffix)
+	if err != nil {
+		return "", err
+	}
+	text, err := readRootHash(f)
+	if err != nil {
+		return "", err
+	}
+	return subjects(dmverity.Verify(text, sig, j.trusted))
 }

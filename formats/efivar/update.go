@@ -160,9 +160,12 @@ func parseTime(b []byte) (time.Time, error) {
 	return time.Date(int(binary.LittleEndian.Uint16(b)), time.Month(b[2]), int(b[3]), int(b[4]), int(b[5]), int(b[6]), 0, time.UTC), nil
 }
 
+// MaxUpdate bounds what Parse takes, in bytes.
+const MaxUpdate = timeSize + certHeader + cms.MaxSize + maxData
+
 // Parse reads an update. Whether its contents are signature lists only Update.Lists says.
 func Parse(b []byte) (*Update, error) {
-	if len(b) > timeSize+certHeader+cms.MaxSize+maxData || len(b) < timeSize+certHeader {
+	if len(b) > MaxUpdate || len(b) < timeSize+certHeader {
 		return nil, fmt.Errorf("%w: update of %d bytes", ErrMalformed, len(b))
 	}
 	t, err := parseTime(b[:timeSize])
@@ -190,11 +193,14 @@ func Parse(b []byte) (*Update, error) {
 func (u *Update) Lists() ([]List, error) { return ParseLists(u.Data) }
 
 // Verify checks that the update is of that variable with those attributes, of which the file says nothing, and signed
-// by one of the trusted certificates, as cms.SignedData.Verify says. The contents must be signature lists.
+// by one of the trusted certificates, as cms.SignedData.Verify says. The contents of a variable of Secure Boot must be
+// signature lists; what others hold is their vendor's to say.
 func (u *Update) Verify(v Variable, attributes uint32, trusted []*x509.Certificate) ([]cms.Signer, error) {
-	err := checkData(v, u.Data)
-	if err != nil {
-		return nil, err
+	if v.Vendor == securityDatabase || v == PK || v == KEK {
+		err := checkData(v, u.Data)
+		if err != nil {
+			return nil, err
+		}
 	}
 	signed, err := signedBytes(v, attributes, u.stamp[:], u.Data)
 	if err != nil {

@@ -147,6 +147,30 @@ func TestSbvarsign(t *testing.T) {
 	}
 }
 
+// A variable of another vendor holds what its vendor likes; one of Secure Boot holds signature lists, whoever signed.
+func TestOtherVendors(t *testing.T) {
+	s := newSubject(t, "rsa")
+	for _, tt := range []struct {
+		v    efivar.Variable
+		want error
+	}{
+		{efivar.Variable{Name: "Setting", Vendor: owner(t)}, nil},
+		{efivar.Variable{Name: "db", Vendor: owner(t)}, nil}, // a namesake
+		{efivar.DB, efivar.ErrMalformed},
+		{efivar.KEK, efivar.ErrMalformed},
+		{efivar.PK, efivar.ErrMalformed},
+		{efivar.Variable{Name: "dbt", Vendor: efivar.DB.Vendor}, efivar.ErrMalformed},
+	} {
+		out := file(t, "out.auth", nil)
+		run(t, "sbvarsign", "--key", s.keyFile, "--cert", s.certFile, "--output", out, "--guid", tt.v.Vendor.String(),
+			tt.v.Name, file(t, "in", []byte("no signature list")))
+		err := verify(t, read(t, out), tt.v, efivar.Appending, s.cert)
+		if !errors.Is(err, tt.want) {
+			t.Errorf("%s-%s: got %v, want %v", tt.v.Name, tt.v.Vendor, err, tt.want)
+		}
+	}
+}
+
 // openssl verifies the signature over what the specification says is signed, put together anew.
 func TestOpenSSLVerifies(t *testing.T) {
 	for _, key := range []string{"rsa", "p256"} {

@@ -17,6 +17,7 @@ const (
 	imaDigsig  = 0x03
 	imaVersion = 0x02
 	imaSHA256  = 0x04
+	imaHeader  = 9 // bytes before the signature
 )
 
 // fileSigning is the signing of a package's files: one signature for each digest, whatever number of files has it.
@@ -73,7 +74,22 @@ func newFileSigning(h *Header, key *rsa.PublicKey) (*fileSigning, error) {
 		}
 		s.files = append(s.files, n)
 	}
+	// Found out here, and not when thousands of signatures have been made.
+	if n := s.textSize(); n > maxSigHeader {
+		return nil, fmt.Errorf("%w: signatures of %d bytes, over %d", ErrUnsupported, n, maxSigHeader)
+	}
 	return s, nil
+}
+
+// textSize is how many bytes the signatures of all files have in the signature header: hexadecimal digits, and a zero.
+func (s *fileSigning) textSize() int {
+	n := len(s.files)
+	for _, f := range s.files {
+		if f >= 0 {
+			n += 2 * (imaHeader + s.key.Size())
+		}
+	}
+	return n
 }
 
 func (s *fileSigning) requests() []Request {
@@ -102,14 +118,12 @@ func (s *fileSigning) assemble(raw [][]byte) ([]datum, error) {
 		return nil, nil
 	}
 	var text bytes.Buffer
+	text.Grow(s.textSize())
 	for _, n := range s.files {
 		if n >= 0 {
 			text.WriteString(sigs[n])
 		}
 		text.WriteByte(0)
-		if text.Len() > maxSigHeader {
-			return nil, fmt.Errorf("%w: signatures over %d bytes", ErrUnsupported, maxSigHeader)
-		}
 	}
 	return []datum{
 		{tagFileSigs, typeStringArray, len(s.files), text.Bytes()},

@@ -214,8 +214,8 @@ func (s *Signing) tags() (t struct{ header, payload uint32 }) {
 	return t
 }
 
-// Sign has the Requests signed and makes the Update. files is the signer of Options.Files, and may be the same. A signer
-// that is a crypto.MessageSigner is given the Message of a Request that has one, not its Digest.
+// Sign has the Requests signed and makes the Update. files is the signer of Options.Files, and may be the same. See
+// Request.Answer.
 func (s *Signing) Sign(signer, files crypto.Signer) (*Update, error) {
 	err := holds(signer, s.key.Public)
 	if err != nil {
@@ -233,7 +233,7 @@ func (s *Signing) Sign(signer, files crypto.Signer) (*Update, error) {
 		if r.File >= 0 {
 			by = files
 		}
-		sig, err := r.sign(by)
+		sig, err := r.Answer(by)
 		if err != nil {
 			return nil, fmt.Errorf("signing %s: %w", s.p.Header.NEVRA, err)
 		}
@@ -242,7 +242,8 @@ func (s *Signing) Sign(signer, files crypto.Signer) (*Update, error) {
 	return s.Finish(raw)
 }
 
-func (r Request) sign(by crypto.Signer) ([]byte, error) {
+// Answer has r signed, for Finish: a crypto.MessageSigner is given the Message, where there is one, and any other the Digest.
+func (r Request) Answer(by crypto.Signer) ([]byte, error) {
 	if m, ok := by.(crypto.MessageSigner); ok && r.header != nil {
 		return m.SignMessage(rand.Reader, r.Message(), r.Opts)
 	}
