@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -32,6 +33,7 @@ const (
 	maxWindow     = 512     // what one stream of the gateway takes
 	maxFiles      = 4 << 20 // files of one run
 	maxPath       = 16 << 10
+	bulkGC        = 400 // GOGC
 )
 
 // bulk signs many files over one stream. Each is read, waits for its signature,
@@ -335,6 +337,10 @@ func (b *bulk) each(n int, ask func(i int) error) error {
 
 // begin sets output up: JSON lines, a bar on a terminal, else a line a file.
 func (b *bulk) begin(n int) {
+	// Little is kept and much is thrown away: headers, buffers, messages.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(bulkGC)
+	}
 	b.busy, b.asks = make(chan struct{}, b.jobs), make(chan struct{}, maxWindow)
 	if b.a.format == "jsonl" {
 		b.enc = json.NewEncoder(b.a.out)

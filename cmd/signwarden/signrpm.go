@@ -32,14 +32,16 @@ func (a *app) signRPM() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "rpm --key NAME FILE...",
 		Short: "Sign RPM packages, in place",
-		Long: `rpm signs packages as rpmsign --resign does, but sends only digests and writes only
-what changes: the signature header, in place. Signatures that were there are
+		Long: `rpm signs packages as rpmsign --resign does, but sends only digests (or the headers
+of packages, where a rule of the gateway decides on them) and writes only what
+changes: the signature header, in place. Signatures that were there are
 replaced. A package is checked against its own digests first, its payload too
 unless --no-payload-check is given.
 
 A kill or power cut at any point leaves the old or the new package, at the latest
 when the package is signed or verified here again: what is overwritten is first
-kept beside it, in .NAME.signwarden-undo.
+kept beside it, in .NAME.signwarden-undo, and a package of up to 1 MiB is copied
+and renamed.
 
 An error with one file does not stop the others; then the exit code is 6. SIGINT
 begins no more files and lets those under way finish.`,

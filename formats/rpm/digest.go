@@ -103,7 +103,7 @@ func (p *Package) stream(digests []hasher, also io.Writer) error {
 	}
 	body := io.NewSectionReader(p.r, p.body, p.size-p.body)
 	// Only the reader's Read is shown to io.CopyBuffer: else it would take the section's own way, with another buffer.
-	_, err := io.CopyBuffer(io.MultiWriter(to...), struct{ io.Reader }{body}, make([]byte, copyBuffer))
+	_, err := io.CopyBuffer(io.MultiWriter(to...), struct{ io.Reader }{body}, make([]byte, min(copyBuffer, max(body.Size(), 1))))
 	if err != nil {
 		return fmt.Errorf("reading the payload: %w", err)
 	}

@@ -17,8 +17,8 @@ type Step struct {
 // A HookedDisk runs every change of the disk through its hook.
 type HookedDisk struct{ d disk }
 
-// NewHookedDisk returns the real disk behind a hook.
-func NewHookedDisk(hook func(Step) error) HookedDisk {
+// NewHookedDisk returns the real disk behind a hook. Packages of up to small bytes are copied and renamed.
+func NewHookedDisk(small int64, hook func(Step) error) HookedDisk {
 	r := realDisk
 	step := func(name, path string, do func() error) error {
 		return hook(Step{name, path, do, func() error { return nil }})
@@ -50,6 +50,7 @@ func NewHookedDisk(hook func(Step) error) HookedDisk {
 		rename:  func(from, to string) error { return step("rename", to, func() error { return r.rename(from, to) }) },
 		remove:  func(path string) error { return step("remove", path, func() error { return r.remove(path) }) },
 		syncDir: func(path string) error { return step("syncDir", path, func() error { return r.syncDir(path) }) },
+		small:   small,
 	}}
 }
 

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -49,7 +50,16 @@ type disk struct {
 	rename  func(from, to string) error
 	remove  func(path string) error
 	syncDir func(path string) error
+
+	small int64 // see smallPackage
 }
+
+// smallPackage is the size, in bytes, up to which a package is copied and renamed rather than overwritten: that waits for
+// the disk twice, and an undo record four times.
+const smallPackage = 1 << 20
+
+// errAttributes says that a new file cannot be given what the old one has.
+var errAttributes = errors.New("cannot be like the old file")
 
 var realDisk = disk{
 	create: func(path string, flag int) (*os.File, error) {
@@ -64,7 +74,55 @@ var realDisk = disk{
 	sync:    func(f *os.File) error { return f.Sync() },
 	rename:  os.Rename,
 	remove:  os.Remove,
-	syncDir: syncDir,
+	syncDir: new(dirSyncs).sync,
+	small:   smallPackage,
+}
+
+// dirSyncs has directories on the disk. Who comes while a directory is being synced shares the next sync of it with all
+// others who do: signers of many packages of one directory would wait for each other's, one after the other.
+type dirSyncs struct {
+	mu sync.Mutex // guards of and its next; held for a look-up
+	of map[string]*dirQueue
+}
+
+type dirQueue struct {
+	turn sync.Mutex // held while the directory is being synced
+	next *dirSync   // nil: nobody waits
+}
+
+type dirSync struct {
+	done chan struct{} // closed when err is set
+	err  error
+}
+
+// sync returns when a sync of the directory that began after the call has ended.
+func (s *dirSyncs) sync(path string) error {
+	s.mu.Lock()
+	if s.of == nil {
+		s.of = map[string]*dirQueue{}
+	}
+	q := s.of[path]
+	if q == nil {
+		q = &dirQueue{}
+		s.of[path] = q
+	}
+	mine, first := q.next, q.next == nil
+	if first {
+		mine = &dirSync{done: make(chan struct{})}
+		q.next = mine
+	}
+	s.mu.Unlock()
+	if first {
+		q.turn.Lock()
+		s.mu.Lock()
+		q.next = nil // who comes from now on may be too late for this one
+		s.mu.Unlock()
+		mine.err = syncDir(path)
+		q.turn.Unlock()
+		close(mine.done)
+	}
+	<-mine.done
+	return mine.err
 }
 
 func syncDir(path string) error {
@@ -76,8 +134,9 @@ func syncDir(path string) error {
 	return d.Sync()
 }
 
-// ApplyInPlace overwrites the signature header of the package at path, and nothing else: mode, owner, extended attributes
-// and other names of the file stay. An Update of another length is left to Rewrite, which this then calls.
+// ApplyInPlace puts the signature header of the package at path in the old one's place: mode, owner, extended attributes
+// and other names of the file stay. A small package with one name is copied and renamed, as Rewrite does, where a new file
+// can be given those; so is one whose Update has another length. Any other is overwritten:
 //
 //  1. The file must be, up to its payload, the one that was read; else ErrChanged.
 //  2. What is overwritten is first written to an undo record beside the package, and on the disk before the package is
@@ -107,6 +166,12 @@ func (d disk) applyInPlace(path string, u *Update, o FileOptions) error {
 	}
 	if bytes.Equal(u.Old, u.New) {
 		return nil
+	}
+	if u.size <= d.small && !o.HardLinks {
+		err = d.replace(f, path, u, true)
+		if !errors.Is(err, errAttributes) {
+			return err
+		}
 	}
 	err = d.overwrite(f, path, u)
 	if err != nil {
@@ -142,6 +207,12 @@ func (d disk) rewrite(path, dst string, u *Update, o FileOptions) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
+	return d.replace(f, dst, u, replaces)
+}
+
+// replace writes the new package of f, which is locked and unchanged, to dst. asOld is whether it must be like f, whose
+// place it takes; where it cannot be, that is errAttributes, and nothing was changed.
+func (d disk) replace(f *os.File, dst string, u *Update, asOld bool) error {
 	temp := beside(dst, "new")
 	out, err := d.create(temp, 0)
 	if err != nil {
@@ -155,7 +226,7 @@ func (d disk) rewrite(path, dst string, u *Update, o FileOptions) error {
 	}
 	err = d.fill(out, f, u)
 	if err == nil {
-		err = keepAttributes(out, f, replaces)
+		err = keepAttributes(out, f, asOld)
 	}
 	if err == nil {
 		err = d.sync(out)
