@@ -7,7 +7,7 @@ PURE         = . ./gateway/... ./agentproto/... ./formats/... ./cmd/...
 
 export GOFLAGS += -trimpath
 
-.PHONY: build demo test check bench fuzz deps lint generated generate unit race softhsm clean
+.PHONY: build demo test check chaos bench fuzz deps lint generated generate unit race softhsm clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o bin/signwarden ./cmd/signwarden
@@ -28,7 +28,7 @@ deps:
 lint:
 	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags bench ./softhsm-tests
+	$(GO) vet -tags bench,chaos ./softhsm-tests
 	$(STATICCHECK) ./...
 	$(GO) test -count=1 -run 'Imports' .
 
@@ -58,6 +58,10 @@ generate: .cache/googleapis
 	cd .cache && GOFLAGS=-modcacherw $(GO) mod download -json $(GOOGLEAPIS) >googleapis.json
 	cp "$$(sed -n 's/.*"Dir": "\(.*\)".*/\1/p' .cache/googleapis.json)/google/rpc/status.proto" $@/google/rpc/
 	chmod u+w $@/google/rpc/status.proto
+
+# Kills, at random moments, of clients and gateways.
+chaos: deps
+	$(GO) test -tags chaos -count=1 -timeout 30m -run TestChaos -v ./softhsm-tests
 
 # Ratios, each measured in one run beside what it is compared with.
 bench: deps

@@ -7,6 +7,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -119,8 +120,21 @@ func New(ctx context.Context, c Config) (*Gateway, error) {
 	if err := g.reload(ctx); err != nil {
 		return nil, err
 	}
-	g.audit = audit.New(func(ctx context.Context, entries [][]byte) (int64, error) {
-		return c.Store.Commit(ctx, store.Change{Audit: entries})
+	if err := g.recall(ctx); err != nil {
+		return nil, err
+	}
+	g.audit = audit.New(func(ctx context.Context, records []audit.Record) (int64, error) {
+		var change store.Change
+		for i, r := range records {
+			change.Audit = append(change.Audit, r.Entry)
+			if r.Answer != nil && change.Answers == nil {
+				change.Answers = make([][]byte, len(records))
+			}
+			if r.Answer != nil {
+				change.Answers[i] = r.Answer
+			}
+		}
+		return c.Store.Commit(ctx, change)
 	})
 	if err := g.cleanUp(ctx); err != nil {
 		g.Close()
@@ -146,6 +160,28 @@ func (g *Gateway) cleanUp(ctx context.Context) error {
 		if err != nil {
 			return g.unrecorded(err)
 		}
+	}
+	return nil
+}
+
+// recall has the requests of the last minutes answered as an earlier gateway of
+// this store did: one that was killed may have recorded what it had no time to
+// answer, and its clients send that again.
+func (g *Gateway) recall(ctx context.Context) error {
+	kept, err := g.c.Store.Answers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, a := range kept {
+		e, err := audit.Parse(a.Entry)
+		if err != nil || len(a.Answer) < sha256.Size {
+			return fmt.Errorf("reading the store: the answer kept with row %d: %w", a.Row, cmp.Or(err, errors.New("is cut off")))
+		}
+		if g.c.Now().Sub(e.Time) >= dedupFor {
+			continue
+		}
+		content, sig := [sha256.Size]byte(a.Answer), a.Answer[sha256.Size:]
+		g.dedup.recall(dedupKey{e.Principal, e.Request}, content, Signature{Bytes: sig, Scheme: keys.Scheme(e.Scheme), AuditRow: a.Row})
 	}
 	return nil
 }
@@ -321,7 +357,11 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, pkg *p
 	}
 	sum := sha256.Sum256(sig)
 	e.Outcome, e.Signature = audit.Signed, hex.EncodeToString(sum[:])
-	row, err := g.audit.Append(e)
+	var answer []byte
+	if r.ID != "" {
+		answer = r.answer(sig)
+	}
+	row, err := g.audit.AppendAnswer(e, answer)
 	if err != nil { // 3
 		return Signature{}, g.unrecorded(err)
 	}

@@ -8,12 +8,16 @@ import (
 	"time"
 )
 
-// Sink stores entries in order as the next rows of the log, all or none, and
+// Record is an entry in its canonical form, and what is kept beside it for a while
+// and is no part of the log: nil is nothing.
+type Record struct{ Entry, Answer []byte }
+
+// Sink stores records in order as the next rows of the log, all or none, and
 // returns the number of the first when they are durable. It is called from one
 // goroutine. After an error the caller does not know whether they were stored
 // (a commit can fail after it took effect); the sink itself finds out by
 // reading the last row before it numbers the next, so that there is never a gap.
-type Sink func(ctx context.Context, entries [][]byte) (first int64, err error)
+type Sink func(ctx context.Context, records []Record) (first int64, err error)
 
 // maxBatch bounds the entries of one commit, and commitTimeout how long one may take.
 const (
@@ -40,10 +44,10 @@ type Log struct {
 }
 
 type pending struct {
-	entry []byte
-	row   int64
-	err   error
-	ready chan struct{}
+	record Record
+	row    int64
+	err    error
+	ready  chan struct{}
 }
 
 // New starts a log over sink. Close it.
@@ -57,8 +61,11 @@ func New(sink Sink) *Log {
 // a caller that hangs up cannot cancel a record. After an error it is unknown
 // whether the entry was stored; the caller must release nothing. What that
 // leaves at worst is a record of a signature that nobody got.
-func (l *Log) Append(e Entry) (row int64, err error) {
-	p := &pending{entry: e.Canonical(), ready: make(chan struct{})}
+func (l *Log) Append(e Entry) (row int64, err error) { return l.AppendAnswer(e, nil) }
+
+// AppendAnswer is Append, and keeps an answer beside the row.
+func (l *Log) AppendAnswer(e Entry, answer []byte) (row int64, err error) {
+	p := &pending{record: Record{e.Canonical(), answer}, ready: make(chan struct{})}
 	l.mu.RLock()
 	if l.closed {
 		l.mu.RUnlock()
@@ -84,9 +91,9 @@ func (l *Log) Close() {
 func (l *Log) run() {
 	defer close(l.done)
 	batch := make([]*pending, 0, maxBatch)
-	entries := make([][]byte, 0, maxBatch)
+	records := make([]Record, 0, maxBatch)
 	for first := range l.queue {
-		batch, entries = append(batch[:0], first), append(entries[:0], first.entry)
+		batch, records = append(batch[:0], first), append(records[:0], first.record)
 	gather:
 		for len(batch) < maxBatch {
 			select {
@@ -94,19 +101,19 @@ func (l *Log) run() {
 				if !ok {
 					break gather
 				}
-				batch, entries = append(batch, p), append(entries, p.entry)
+				batch, records = append(batch, p), append(records, p.record)
 			default:
 				break gather
 			}
 		}
-		l.commit(batch, entries)
+		l.commit(batch, records)
 	}
 }
 
-func (l *Log) commit(batch []*pending, entries [][]byte) {
+func (l *Log) commit(batch []*pending, records []Record) {
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
-	row, err := l.sink(ctx, entries)
+	row, err := l.sink(ctx, records)
 	if err != nil {
 		err = fmt.Errorf("recording %d audit entries: %w", len(batch), err)
 	}

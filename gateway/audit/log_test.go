@@ -30,7 +30,11 @@ type sink struct {
 	base    int64 // the number of the first row
 }
 
-func (s *sink) commit(ctx context.Context, entries [][]byte) (int64, error) {
+func (s *sink) commit(ctx context.Context, records []audit.Record) (int64, error) {
+	var entries [][]byte
+	for _, r := range records {
+		entries = append(entries, r.Entry)
+	}
 	if !s.mu.TryLock() {
 		s.t.Error("two commits at once")
 		s.mu.Lock()
@@ -195,7 +199,7 @@ func TestFailingSink(t *testing.T) {
 func TestHangingSink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hang := true
-		l := audit.New(func(ctx context.Context, _ [][]byte) (int64, error) {
+		l := audit.New(func(ctx context.Context, _ []audit.Record) (int64, error) {
 			if hang {
 				<-ctx.Done()
 				return 0, ctx.Err()

@@ -256,6 +256,7 @@ type Store struct {
 	mu    sync.Mutex
 	State store.State
 	rows  [][]byte
+	kept  []store.Answer
 
 	// Fail, where set, is asked before each commit: before is returned without
 	// storing anything, after is returned with everything stored.
@@ -323,7 +324,19 @@ func (s *Store) Commit(_ context.Context, c store.Change) (int64, error) {
 	}
 	first := int64(len(s.rows))
 	s.rows = append(s.rows, c.Audit...)
+	for i, a := range c.Answers {
+		if a != nil {
+			s.kept = append(s.kept, store.Answer{Row: first + int64(i), Entry: c.Audit[i], Answer: a})
+		}
+	}
 	return first, after
+}
+
+// Answers implements store.Store; none is ever thrown away.
+func (s *Store) Answers(context.Context) ([]store.Answer, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.kept), s.LoadError
 }
 
 // Audit implements store.Store.

@@ -37,6 +37,7 @@ func testStore(t *testing.T, open func(t *testing.T) store.Store) {
 		"policy":             testPolicy,
 		"audit rows":         testAuditRows,
 		"audit paging":       testAuditPaging,
+		"answers":            testAnswers,
 		"big batches":        testBigBatches,
 		"bytes":              testBytes,
 		"failed commit":      testFailedCommit,
@@ -46,6 +47,32 @@ func testStore(t *testing.T, open func(t *testing.T) store.Store) {
 			t.Parallel()
 			test(t, open(t))
 		})
+	}
+}
+
+func testAnswers(t *testing.T, s store.Store) {
+	if got, err := s.Answers(t.Context()); err != nil || len(got) != 0 {
+		t.Errorf("of an empty store: %v, %v", got, err)
+	}
+	e := entries("x", 1000)
+	commit(t, s, store.Change{Audit: e[:2]})
+	commit(t, s, store.Change{Audit: e[2:4], Answers: [][]byte{nil, []byte("three")}})
+	commit(t, s, store.Change{Policy: []byte("p"), Audit: e[4:5]})
+	want := []store.Answer{{Row: 3, Entry: e[3], Answer: []byte("three")}}
+	many := make([][]byte, 995)
+	for i := range many {
+		if i%3 != 0 {
+			many[i] = fmt.Appendf(nil, "answer %d", i)
+			want = append(want, store.Answer{Row: int64(5 + i), Entry: e[5+i], Answer: many[i]})
+		}
+	}
+	commit(t, s, store.Change{Audit: e[5:], Answers: many})
+	got, err := s.Answers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := gocmp.Diff(want, got); diff != "" {
+		t.Errorf("answers (-want +got):\n%s", diff)
 	}
 }
 

@@ -30,6 +30,8 @@ var migrations embed.FS
 type SQLite struct {
 	write *sql.DB // one connection: transactions are serial
 	read  *sql.DB
+
+	pruned time.Time // when old answers were last thrown away; used in a write transaction only
 }
 
 var _ Store = (*SQLite)(nil)
@@ -225,6 +227,11 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("storing audit entries: %w", err)
 	}
+	if c.Answers != nil {
+		if err := s.insertAnswers(ctx, tx, first, c.Answers); err != nil {
+			return 0, fmt.Errorf("storing answers: %w", err)
+		}
+	}
 	if err := tx.Commit(); err != nil {
 		return 0, fmt.Errorf("committing to the store: %w", err)
 	}
@@ -312,6 +319,54 @@ func insertAudit(ctx context.Context, tx *sql.Tx, entries [][]byte) (int64, erro
 		}
 	}
 	return first, nil
+}
+
+// insertAnswers stores answers beside the rows from first on, and now and then
+// throws old ones away.
+func (s *SQLite) insertAnswers(ctx context.Context, tx *sql.Tx, first int64, answers [][]byte) error {
+	now := time.Now()
+	var args []any
+	for i, a := range answers {
+		if a != nil {
+			args = append(args, first+int64(i), now.Unix(), a)
+		}
+	}
+	const chunk = 3 * 128
+	for part := range slices.Chunk(args, chunk) {
+		values := strings.TrimSuffix(strings.Repeat("(?,?,?),", len(part)/3), ",")
+		if _, err := tx.ExecContext(ctx, `INSERT INTO answers (row, made, answer) VALUES `+values, part...); err != nil {
+			return err
+		}
+	}
+	if now.Sub(s.pruned) < KeepAnswers/5 {
+		return nil
+	}
+	s.pruned = now
+	// By row, which is the order of time: no index is needed.
+	_, err := tx.ExecContext(ctx, `DELETE FROM answers WHERE row < coalesce((SELECT row FROM answers WHERE made >= ? ORDER BY row LIMIT 1), ?)`,
+		now.Add(-KeepAnswers).Unix(), first)
+	return err
+}
+
+// Answers implements Store.
+func (s *SQLite) Answers(ctx context.Context) ([]Answer, error) {
+	rows, err := s.read.QueryContext(ctx, `SELECT row, entry, answer FROM answers JOIN audit USING (row) ORDER BY row`)
+	if err != nil {
+		return nil, fmt.Errorf("reading answers: %w", err)
+	}
+	defer rows.Close()
+	var out []Answer
+	for rows.Next() {
+		var a Answer
+		if err := rows.Scan(&a.Row, &a.Entry, &a.Answer); err != nil {
+			return nil, fmt.Errorf("reading answers: %w", err)
+		}
+		out = append(out, a)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading answers: %w", err)
+	}
+	return out, nil
 }
 
 // Audit implements Store.

@@ -5,9 +5,11 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -273,5 +275,47 @@ func TestClosed(t *testing.T) {
 	}
 	if err := s.Close(); err != nil {
 		t.Errorf("closing again: %v", err)
+	}
+}
+
+// Answers are thrown away when they are old enough, and not before.
+func TestAnswersArePruned(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store.db")
+	fill := func(s *store.SQLite, name string) {
+		t.Helper()
+		commit(t, s, store.Change{Audit: entries(name, 2), Answers: [][]byte{[]byte(name + " 0"), []byte(name + " 1")}})
+	}
+	s := openSQLite(t, path)
+	fill(s, "old")
+	fill(s, "young")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = db.Exec(`UPDATE answers SET made = made - CASE WHEN row < 2 THEN ? ELSE ? END`,
+		int64((store.KeepAnswers+time.Minute).Seconds()), int64((store.KeepAnswers-time.Minute/6).Seconds()))
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s = openSQLite(t, path)
+	fill(s, "new")
+	kept := func() (rows []int64) {
+		all, err := s.Answers(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range all {
+			rows = append(rows, a.Row)
+		}
+		return rows
+	}
+	if got := kept(); !slices.Equal(got, []int64{2, 3, 4, 5}) {
+		t.Errorf("rows %v have answers, want 2 to 5", got)
+	}
+	if _, all, err := s.Audit(t.Context(), 0, 10); err != nil || len(all) != 6 {
+		t.Errorf("the log has %d rows, %v; want all 6", len(all), err)
 	}
 }

@@ -5,6 +5,7 @@ package store
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/signwarden/signwarden/gateway/keys"
 )
@@ -28,7 +29,20 @@ type Store interface {
 	// the first. A negative from means the last limit entries.
 	Audit(ctx context.Context, from int64, limit int) (firstRow int64, entries [][]byte, err error)
 
+	// Answers returns the answers of the last KeepAnswers at least, in the order of
+	// their rows.
+	Answers(ctx context.Context) ([]Answer, error)
+
 	Close() error
+}
+
+// KeepAnswers is how long a store keeps answers.
+const KeepAnswers = 75 * time.Second
+
+// Answer is what was kept beside an audit row.
+type Answer struct {
+	Row           int64
+	Entry, Answer []byte
 }
 
 // State is what Load returns.
@@ -54,6 +68,9 @@ type Change struct {
 	Forget    [][]byte  // CKA_IDs of pairs that are registered, by this change or before, or destroyed
 	Policy    []byte
 	Audit     [][]byte
+	// Answers are kept beside the entries of Audit, one for each, nil for none; or
+	// none of them has one, and Answers is nil.
+	Answers [][]byte
 }
 
 // SetState puts a stored key into another state; where it is not stored the
