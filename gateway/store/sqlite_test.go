@@ -296,7 +296,7 @@ func TestAnswersArePruned(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = db.Exec(`UPDATE answers SET made = made - CASE WHEN row < 2 THEN ? ELSE ? END`,
-		int64((store.KeepAnswers+time.Minute).Seconds()), int64((store.KeepAnswers-time.Minute/6).Seconds()))
+		int64((store.KeepAnswers + time.Minute).Seconds()), int64((store.KeepAnswers - time.Minute/6).Seconds()))
 	if err := errors.Join(err, db.Close()); err != nil {
 		t.Fatal(err)
 	}
