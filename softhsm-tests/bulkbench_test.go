@@ -151,7 +151,7 @@ func TestBenchBulkRPM(t *testing.T) {
 		after := sign(3 * time.Second)
 		rate, rawRate := bulkPackages/took.Seconds(), (before+after)/2
 		fmt.Printf("%d packages, %s: %.0f packages/s; raw C_Sign %.0f/s before and %.0f/s after: ratio %.2f\n", bulkPackages, a, rate, before, after, rate/rawRate)
-		g.must(t, "signwarden", "verify", "rpm", "--key", "k-"+a, "-r", dir)
+		g.must(t, "signwarden", append([]string{"verify", "rpm", "--key", "k-" + a}, files...)...)
 		switch {
 		case a == "rsa4096" && rate < 0.9*rawRate:
 			t.Errorf("%s: %.2f of the raw rate, want 0.9", a, rate/rawRate)

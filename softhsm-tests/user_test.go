@@ -109,3 +109,22 @@ func TestOutputFull(t *testing.T) {
 		t.Errorf("the directory holds %v (%v), want the filler alone", entries, err)
 	}
 }
+
+// --force replaces files, and no device: root's /dev/null is everybody's.
+func TestForceSparesDevices(t *testing.T) {
+	g := newGateway(t)
+	g.key(t, "rel", "ed25519")
+	device := filepath.Join(t.TempDir(), "null")
+	if err := unix.Mknod(device, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))); err != nil {
+		t.Fatalf("making a device (this test wants root): %v", err)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	writeFile(t, file, "text")
+	g.must(t, "signwarden", "sign", "openpgp", "--key", "rel", "--force", "--output", device, file)
+	if r := g.try(t, "signwarden", "sign", "rpm", "--key", "rel", "--force", "--output", device, buildRPMs(t, 1)[0]); r.code != 1 || !strings.Contains(r.stderr, "no regular file") {
+		t.Errorf("a package: exit code %d: %s", r.code, r.stderr)
+	}
+	if info, err := os.Lstat(device); err != nil || info.Mode()&os.ModeCharDevice == 0 {
+		t.Errorf("the device is now %v, %v", info, err)
+	}
+}

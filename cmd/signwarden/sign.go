@@ -239,10 +239,18 @@ func openInput(path string) (*os.File, error) {
 
 // writeWhole makes path with what write writes, or not at all. The temporary
 // file is made first, so that a directory one cannot write to is found out
-// before anything is signed.
+// before anything is signed. A device or pipe is written to, not replaced.
 func writeWhole(path string, replace bool, write func(io.Writer) error) (err error) {
-	if _, err := os.Lstat(path); err == nil && !replace {
+	info, err := os.Lstat(path)
+	if err == nil && !replace {
 		return exit.Hint(fmt.Errorf("%s exists", path), "replace it with --force, or write elsewhere with --output")
+	}
+	if err == nil && info.Mode()&(os.ModeDevice|os.ModeNamedPipe) != 0 {
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			return fmt.Errorf("the signature cannot be written: %w", err)
+		}
+		return errors.Join(write(f), f.Close())
 	}
 	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {

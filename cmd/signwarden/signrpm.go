@@ -137,7 +137,11 @@ func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, sign s
 	if out == file {
 		return out, rpmHint(rpm.ApplyInPlace(file, update, j.file))
 	}
-	if _, err := os.Lstat(out); err == nil && !j.replace {
+	switch info, err := os.Lstat(out); {
+	case err != nil: // none, or it is told when it is written
+	case info.Mode()&os.ModeType&^os.ModeSymlink != 0:
+		return "", fmt.Errorf("%s is no regular file", out)
+	case !j.replace:
 		return "", exit.Hint(fmt.Errorf("%s exists", out), "replace it with --force")
 	}
 	return out, rpmHint(rpm.Rewrite(file, out, update, j.file))
