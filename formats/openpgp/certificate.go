@@ -50,7 +50,12 @@ func NewCertificate(spec CertificateSpec) ([]byte, error) {
 	}
 	cert := appendPacket(nil, tagPublicKey, primary.body)
 	cert = appendPacket(cert, tagUserID, []byte(spec.UserID))
-	selfSig, err := spec.certify(primary)
+	self := selfSignature{primary, spec.Primary, spec.Signed}
+	flags := byte(flagCertify)
+	if spec.Subkey == nil {
+		flags |= flagSign
+	}
+	selfSig, err := self.userID(spec.UserID, flags, spec.Expires, true)
 	if err != nil {
 		return nil, fmt.Errorf("certifying the user ID: %w", err)
 	}
@@ -64,7 +69,7 @@ func NewCertificate(spec CertificateSpec) ([]byte, error) {
 		if signing.Fingerprint == primary.Fingerprint {
 			return nil, fmt.Errorf("%w: primary key and subkey are the same", ErrMalformed)
 		}
-		binding, err := spec.bind(primary, signing)
+		binding, err := self.subkey(signing, spec.Subkey, spec.Expires)
 		if err != nil {
 			return nil, fmt.Errorf("binding the subkey: %w", err)
 		}
@@ -98,63 +103,68 @@ func (s CertificateSpec) key(signer crypto.Signer) (Key, error) {
 	return k, nil
 }
 
-// lifetime is the key expiration subpacket (section 5.2.3.13): seconds after the key's creation, absent for never.
-func (s CertificateSpec) lifetime(b []byte) []byte {
-	if s.Expires.IsZero() {
+// lifetime is the key expiration subpacket of a key (section 5.2.3.13): seconds after its creation, absent for never.
+func lifetime(b []byte, k Key, expires time.Time) []byte {
+	if expires.IsZero() {
 		return b
 	}
-	secs := s.Expires.Unix() - s.Created.Unix() // fits: both are within 1970 to 2106
+	secs := expires.Unix() - k.Created.Unix() // fits: both are within 1970 to 2106
 	return appendSubpacket(b, subKeyLifetime, binary.BigEndian.AppendUint32(nil, uint32(secs))...)
 }
 
-// certify makes the positive certification of the user ID by its own key.
-func (s CertificateSpec) certify(primary Key) ([]byte, error) {
-	flags := byte(flagCertify)
-	if s.Subkey == nil {
-		flags |= flagSign
-	}
+// A selfSignature is one that a primary key makes over its own certificate.
+type selfSignature struct {
+	primary Key
+	signer  crypto.Signer // of primary
+	at      time.Time
+}
+
+// userID makes the positive certification of a user ID, which says as well what the primary key is for, and until when.
+func (s selfSignature) userID(id string, flags byte, expires time.Time, main bool) ([]byte, error) {
 	extra := appendSubpacket(nil, subKeyFlags, flags)
-	extra = s.lifetime(extra)
-	extra = appendSubpacket(extra, subPrimaryUserID, 1)
+	extra = lifetime(extra, s.primary, expires)
+	if main {
+		extra = appendSubpacket(extra, subPrimaryUserID, 1)
+	}
 	// Nobody can encrypt to this key, but software that asks for preferences should find no weak default:
 	// AES-256, 192, 128 (section 9.3); SHA-512, 384, 256; no compression; no features but SEIPD version 1.
 	extra = appendSubpacket(extra, subPrefSymmetric, 9, 8, 7)
 	extra = appendSubpacket(extra, subPrefHash, 10, 9, 8)
 	extra = appendSubpacket(extra, subPrefCompress, 0)
 	extra = appendSubpacket(extra, subFeatures, 0x01)
-	sig, err := newSignature(primary, sigPositiveCert, 0, s.Signed, extra)
+	sig, err := newSignature(s.primary, sigPositiveCert, 0, s.at, extra)
 	if err != nil {
 		return nil, err
 	}
-	sig.h.Write(appendHashedKey(nil, primary.body))
-	uid := binary.BigEndian.AppendUint32([]byte{0xb4}, uint32(len(s.UserID))) // section 5.2.4
-	sig.h.Write(append(uid, s.UserID...))
-	return sig.Finish(s.Primary)
+	sig.h.Write(appendHashedKey(nil, s.primary.body))
+	uid := binary.BigEndian.AppendUint32([]byte{0xb4}, uint32(len(id))) // section 5.2.4
+	sig.h.Write(append(uid, id...))
+	return sig.Finish(s.signer)
 }
 
-// bind makes the subkey binding signature, and in it the subkey's own signature over the primary key: without that
-// anyone could claim the subkey's signatures for a certificate of theirs (section 5.2.1.9).
-func (s CertificateSpec) bind(primary, sub Key) ([]byte, error) {
-	signed := appendHashedKey(nil, primary.body)
+// subkey makes the binding signature of a signing subkey, and in it the subkey's own signature over the primary key:
+// without that anyone could claim the subkey's signatures for a certificate of theirs (section 5.2.1.9).
+func (s selfSignature) subkey(sub Key, signer crypto.Signer, expires time.Time) ([]byte, error) {
+	signed := appendHashedKey(nil, s.primary.body)
 	signed = appendHashedKey(signed, sub.body)
-	back, err := newSignature(sub, sigPrimaryBind, 0, s.Signed, nil)
+	back, err := newSignature(sub, sigPrimaryBind, 0, s.at, nil)
 	if err != nil {
 		return nil, err
 	}
 	back.h.Write(signed)
-	body, err := back.finish(s.Subkey)
+	body, err := back.finish(signer)
 	if err != nil {
 		return nil, err
 	}
 	extra := appendSubpacket(nil, subKeyFlags, flagSign)
-	extra = s.lifetime(extra)
+	extra = lifetime(extra, sub, expires)
 	extra = appendSubpacket(extra, subEmbedded, body...)
-	sig, err := newSignature(primary, sigSubkeyBinding, 0, s.Signed, extra)
+	sig, err := newSignature(s.primary, sigSubkeyBinding, 0, s.at, extra)
 	if err != nil {
 		return nil, err
 	}
 	sig.h.Write(signed)
-	return sig.Finish(s.Primary)
+	return sig.Finish(s.signer)
 }
 
 // check reads the certificate as a user of it would, as of the time it was made.

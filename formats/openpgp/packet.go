@@ -23,6 +23,7 @@ const (
 	subPrefCompress  = 22
 	subPrimaryUserID = 25
 	subKeyFlags      = 27
+	subReason        = 29
 	subFeatures      = 30
 	subEmbedded      = 32
 	subIssuerFpr     = 33

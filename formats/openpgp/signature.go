@@ -29,6 +29,7 @@ const (
 	sigPositiveCert  SigType = 0x13
 	sigSubkeyBinding SigType = 0x18
 	sigPrimaryBind   SigType = 0x19
+	sigKeyRevocation SigType = 0x20
 )
 
 // SignOptions are the choices of one signature. The zero value is good.
