@@ -40,6 +40,7 @@ type Config struct {
 	Token      Token
 	TokenLabel string       // recorded with keys that are made
 	Certify    Certify      // nil: no OpenPGP certificates can be made
+	Amend      Amend        // nil: none can be changed
 	Read       Read         // nil: messages are refused
 	Logger     *slog.Logger // nil: discards
 
@@ -76,6 +77,9 @@ type Gateway struct {
 	// then replaces snap. It is held for one commit and one load, never while a
 	// key is generated, so that disabling a key waits for nothing slow.
 	admin sync.Mutex
+	// amending serialises changes of OpenPGP certificates, each of which begins
+	// with the one before. It is held while the token signs, and taken before admin.
+	amending sync.Mutex
 	// creating holds the names of keys whose generation is under way; guarded by admin.
 	creating map[string]bool
 }

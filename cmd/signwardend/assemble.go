@@ -19,6 +19,7 @@ import (
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/config"
 	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/gateway/sigerr"
 	"github.com/signwarden/signwarden/gateway/store"
 	"github.com/signwarden/signwarden/hsm"
 )
@@ -68,6 +69,48 @@ func certify(userID string, created, expires time.Time, primary, subkey crypto.S
 	})
 }
 
+// tooSoon is for an amendment in the second of the one before.
+type tooSoon struct{}
+
+func (tooSoon) Error() string { return "the certificate was changed in this second" }
+func (tooSoon) TooSoon() bool { return true }
+
+// revocationReasons are gateway.RevocationReasons.
+var revocationReasons = map[string]openpgp.Reason{
+	"unspecified": openpgp.NoReason, "superseded": openpgp.Superseded,
+	"compromised": openpgp.Compromised, "retired": openpgp.Retired,
+}
+
+// amend changes OpenPGP certificates for the gateway.
+func amend(m gateway.Amendment) ([]byte, error) {
+	cert, err := openpgp.ParseCertificate(m.Certificate)
+	if err != nil {
+		return nil, err
+	}
+	if !m.At.After(cert.LastSigned()) {
+		return nil, tooSoon{}
+	}
+	a := openpgp.Amendment{Certificate: cert, Primary: m.Primary, At: m.At}
+	var out []byte
+	switch {
+	case m.Renew != nil:
+		out, err = a.Renew(*m.Renew, m.Subkeys...)
+	case m.UserID != "":
+		out, err = a.AddUserID(m.UserID)
+	case m.Revoke != nil:
+		out, err = a.Revoke(revocationReasons[m.Revoke.Reason], m.Revoke.Text)
+	case m.NewSubkey != nil:
+		out, err = a.AddSubkey(m.NewSubkey, m.Expires)
+	case m.Retire != nil:
+		out, err = a.ExpireSubkey(m.Retire, m.Expires)
+	}
+	// What the certificate or the change is not fit for, and no token's failure.
+	if errors.Is(err, openpgp.ErrMalformed) || errors.Is(err, openpgp.ErrKeyUnusable) || errors.Is(err, openpgp.ErrUnsupported) {
+		err = fmt.Errorf("%w: %w", sigerr.Invalid, err)
+	}
+	return out, err
+}
+
 // read reads what a message is for the gateway, which knows no formats.
 func read(format string, hash crypto.Hash, message []byte) (*policy.Package, error) {
 	if format != "rpm" {
@@ -114,7 +157,7 @@ func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts,
 		return nil, err
 	}
 	p.gateway, err = gateway.New(ctx, gateway.Config{
-		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Read: read, Logger: log,
+		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Amend: amend, Read: read, Logger: log,
 		MaxInFlight: c.Limits.InFlight, MaxPerPrincipal: c.Limits.InFlightPerPrincipal,
 		SignTimeout: time.Duration(c.Limits.SignTimeout),
 	})

@@ -23,13 +23,10 @@ type KeySpec struct {
 
 // CreateKey generates a key in the gateway's token.
 func (c *Client) CreateKey(ctx context.Context, k KeySpec) (Key, error) {
-	req := &pb.CreateKeyRequest{
+	r, err := c.keys.CreateKey(ctx, &pb.CreateKeyRequest{
 		Name: k.Name, Algorithm: string(k.Algorithm), OpenpgpUserId: k.UserID, OpenpgpLayout: string(k.Layout),
-	}
-	if !k.Expires.IsZero() {
-		req.OpenpgpExpires = timestamppb.New(k.Expires)
-	}
-	r, err := c.keys.CreateKey(ctx, req)
+		OpenpgpExpires: timestamp(k.Expires),
+	})
 	if err != nil {
 		return Key{}, c.wireError(err)
 	}
@@ -76,6 +73,57 @@ func (c *Client) SetKeyState(ctx context.Context, name string, to keys.State) (K
 	return toKey(r.GetKey())
 }
 
+// RenewOpenPGP has a certificate expire at another time; zero: never.
+func (c *Client) RenewOpenPGP(ctx context.Context, name string, expires time.Time) (Key, error) {
+	return c.amend(ctx, &pb.AmendOpenPGPRequest{Name: name, Change: &pb.AmendOpenPGPRequest_Renew{Renew: &pb.Renewal{Expires: timestamp(expires)}}})
+}
+
+// AddUserID adds a user id to a certificate.
+func (c *Client) AddUserID(ctx context.Context, name, id string) (Key, error) {
+	return c.amend(ctx, &pb.AmendOpenPGPRequest{Name: name, Change: &pb.AmendOpenPGPRequest_AddUserId{AddUserId: id}})
+}
+
+// RevokeOpenPGP ends a certificate, for good, and disables its keys. reason is
+// unspecified, superseded, compromised or retired; text is for people.
+func (c *Client) RevokeOpenPGP(ctx context.Context, name, reason, text string) (Key, error) {
+	return c.amend(ctx, &pb.AmendOpenPGPRequest{Name: name, Change: &pb.AmendOpenPGPRequest_Revoke{Revoke: &pb.Revocation{Reason: reason, Text: text}}})
+}
+
+func (c *Client) amend(ctx context.Context, r *pb.AmendOpenPGPRequest) (Key, error) {
+	out, err := c.keys.AmendOpenPGP(ctx, r)
+	if err != nil {
+		return Key{}, c.wireError(err)
+	}
+	return toKey(out.GetKey())
+}
+
+// Rotation says what new signing subkey to make in a key's certificate.
+type Rotation struct {
+	To        string         // name of the new key
+	Algorithm keys.Algorithm // empty: that of the old one
+	Expires   time.Time      // of the new subkey; zero: with the certificate
+	Retire    time.Time      // when the old subkey expires; zero: as it was
+}
+
+// RotateOpenPGP makes a new key as another signing subkey of a key's certificate.
+func (c *Client) RotateOpenPGP(ctx context.Context, name string, r Rotation) (Key, error) {
+	out, err := c.keys.RotateOpenPGP(ctx, &pb.RotateOpenPGPRequest{
+		Name: name, To: r.To, Algorithm: string(r.Algorithm), Expires: timestamp(r.Expires), Retire: timestamp(r.Retire),
+	})
+	if err != nil {
+		return Key{}, c.wireError(err)
+	}
+	return toKey(out.GetKey())
+}
+
+// timestamp is the wire form of a time; nil: zero.
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
 // X509Spec says what self-signed certificate to make.
 type X509Spec struct {
 	Subject pkix.Name
@@ -92,11 +140,9 @@ func toName(n pkix.Name) *pb.Name {
 
 // CertifyKey has the gateway make a self-signed certificate for a key.
 func (c *Client) CertifyKey(ctx context.Context, name string, x X509Spec) (Key, error) {
-	req := &pb.CertifyKeyRequest{Name: name, Subject: toName(x.Subject), Usage: x.Usage}
-	if !x.Expires.IsZero() {
-		req.Expires = timestamppb.New(x.Expires)
-	}
-	r, err := c.keys.CertifyKey(ctx, req)
+	r, err := c.keys.CertifyKey(ctx, &pb.CertifyKeyRequest{
+		Name: name, Subject: toName(x.Subject), Usage: x.Usage, Expires: timestamp(x.Expires),
+	})
 	if err != nil {
 		return Key{}, c.wireError(err)
 	}

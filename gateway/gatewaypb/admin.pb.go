@@ -864,6 +864,395 @@ func (x *GetKeyResponse) GetKey() *Key {
 	return nil
 }
 
+// AmendOpenPGPRequest is one change of a certificate.
+type AmendOpenPGPRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the key.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The change.
+	//
+	// Types that are valid to be assigned to Change:
+	//
+	//	*AmendOpenPGPRequest_Renew
+	//	*AmendOpenPGPRequest_AddUserId
+	//	*AmendOpenPGPRequest_Revoke
+	Change        isAmendOpenPGPRequest_Change `protobuf_oneof:"change"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AmendOpenPGPRequest) Reset() {
+	*x = AmendOpenPGPRequest{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AmendOpenPGPRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AmendOpenPGPRequest) ProtoMessage() {}
+
+func (x *AmendOpenPGPRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AmendOpenPGPRequest.ProtoReflect.Descriptor instead.
+func (*AmendOpenPGPRequest) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *AmendOpenPGPRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AmendOpenPGPRequest) GetChange() isAmendOpenPGPRequest_Change {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *AmendOpenPGPRequest) GetRenew() *Renewal {
+	if x != nil {
+		if x, ok := x.Change.(*AmendOpenPGPRequest_Renew); ok {
+			return x.Renew
+		}
+	}
+	return nil
+}
+
+func (x *AmendOpenPGPRequest) GetAddUserId() string {
+	if x != nil {
+		if x, ok := x.Change.(*AmendOpenPGPRequest_AddUserId); ok {
+			return x.AddUserId
+		}
+	}
+	return ""
+}
+
+func (x *AmendOpenPGPRequest) GetRevoke() *Revocation {
+	if x != nil {
+		if x, ok := x.Change.(*AmendOpenPGPRequest_Revoke); ok {
+			return x.Revoke
+		}
+	}
+	return nil
+}
+
+type isAmendOpenPGPRequest_Change interface {
+	isAmendOpenPGPRequest_Change()
+}
+
+type AmendOpenPGPRequest_Renew struct {
+	// Another time of expiry, for the primary key, all user ids and all subkeys
+	// of registered keys.
+	Renew *Renewal `protobuf:"bytes,2,opt,name=renew,proto3,oneof"`
+}
+
+type AmendOpenPGPRequest_AddUserId struct {
+	// A user id to be added, like "Name <address>".
+	AddUserId string `protobuf:"bytes,3,opt,name=add_user_id,json=addUserId,proto3,oneof"`
+}
+
+type AmendOpenPGPRequest_Revoke struct {
+	// The end of the certificate. It cannot be undone; the keys are disabled.
+	Revoke *Revocation `protobuf:"bytes,4,opt,name=revoke,proto3,oneof"`
+}
+
+func (*AmendOpenPGPRequest_Renew) isAmendOpenPGPRequest_Change() {}
+
+func (*AmendOpenPGPRequest_AddUserId) isAmendOpenPGPRequest_Change() {}
+
+func (*AmendOpenPGPRequest_Revoke) isAmendOpenPGPRequest_Change() {}
+
+// Renewal is another time of expiry.
+type Renewal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When it expires; absent: never.
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Renewal) Reset() {
+	*x = Renewal{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Renewal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Renewal) ProtoMessage() {}
+
+func (x *Renewal) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Renewal.ProtoReflect.Descriptor instead.
+func (*Renewal) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Renewal) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+// Revocation says why a certificate ends.
+type Revocation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// unspecified, superseded, compromised or retired (RFC 9580 section 5.2.3.31).
+	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	// For people, at most 255 bytes.
+	Text          string `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revocation) Reset() {
+	*x = Revocation{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revocation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revocation) ProtoMessage() {}
+
+func (x *Revocation) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
+func (*Revocation) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Revocation) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Revocation) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+// AmendOpenPGPResponse is the key as it is now.
+type AmendOpenPGPResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key.
+	Key           *Key `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AmendOpenPGPResponse) Reset() {
+	*x = AmendOpenPGPResponse{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AmendOpenPGPResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AmendOpenPGPResponse) ProtoMessage() {}
+
+func (x *AmendOpenPGPResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AmendOpenPGPResponse.ProtoReflect.Descriptor instead.
+func (*AmendOpenPGPResponse) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *AmendOpenPGPResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+// RotateOpenPGPRequest asks for a new subkey.
+type RotateOpenPGPRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of a key of the certificate.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Name of the new key.
+	To string `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	// Algorithm of the new key; empty: that of the named one.
+	Algorithm string `protobuf:"bytes,3,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
+	// When the new subkey expires; absent: with the certificate.
+	Expires *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires,proto3" json:"expires,omitempty"`
+	// When the named key's subkey expires; absent: it does not change.
+	Retire        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=retire,proto3" json:"retire,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateOpenPGPRequest) Reset() {
+	*x = RotateOpenPGPRequest{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateOpenPGPRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateOpenPGPRequest) ProtoMessage() {}
+
+func (x *RotateOpenPGPRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateOpenPGPRequest.ProtoReflect.Descriptor instead.
+func (*RotateOpenPGPRequest) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RotateOpenPGPRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RotateOpenPGPRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *RotateOpenPGPRequest) GetAlgorithm() string {
+	if x != nil {
+		return x.Algorithm
+	}
+	return ""
+}
+
+func (x *RotateOpenPGPRequest) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *RotateOpenPGPRequest) GetRetire() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Retire
+	}
+	return nil
+}
+
+// RotateOpenPGPResponse is the new key.
+type RotateOpenPGPResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key.
+	Key           *Key `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateOpenPGPResponse) Reset() {
+	*x = RotateOpenPGPResponse{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateOpenPGPResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateOpenPGPResponse) ProtoMessage() {}
+
+func (x *RotateOpenPGPResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateOpenPGPResponse.ProtoReflect.Descriptor instead.
+func (*RotateOpenPGPResponse) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RotateOpenPGPResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
 // ListKeysRequest asks for a page of the keys that the caller may see.
 type ListKeysRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -875,7 +1264,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -887,7 +1276,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -900,7 +1289,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListKeysRequest) GetAfter() string {
@@ -923,7 +1312,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -935,7 +1324,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -948,7 +1337,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListKeysResponse) GetKeys() []*Key {
@@ -978,7 +1367,7 @@ type SetKeyStateRequest struct {
 
 func (x *SetKeyStateRequest) Reset() {
 	*x = SetKeyStateRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -990,7 +1379,7 @@ func (x *SetKeyStateRequest) String() string {
 func (*SetKeyStateRequest) ProtoMessage() {}
 
 func (x *SetKeyStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1003,7 +1392,7 @@ func (x *SetKeyStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKeyStateRequest.ProtoReflect.Descriptor instead.
 func (*SetKeyStateRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SetKeyStateRequest) GetName() string {
@@ -1031,7 +1420,7 @@ type SetKeyStateResponse struct {
 
 func (x *SetKeyStateResponse) Reset() {
 	*x = SetKeyStateResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +1432,7 @@ func (x *SetKeyStateResponse) String() string {
 func (*SetKeyStateResponse) ProtoMessage() {}
 
 func (x *SetKeyStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +1445,7 @@ func (x *SetKeyStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKeyStateResponse.ProtoReflect.Descriptor instead.
 func (*SetKeyStateResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SetKeyStateResponse) GetKey() *Key {
@@ -1077,7 +1466,7 @@ type ApplyPolicyRequest struct {
 
 func (x *ApplyPolicyRequest) Reset() {
 	*x = ApplyPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1478,7 @@ func (x *ApplyPolicyRequest) String() string {
 func (*ApplyPolicyRequest) ProtoMessage() {}
 
 func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1491,7 @@ func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ApplyPolicyRequest) GetSource() string {
@@ -1123,7 +1512,7 @@ type ApplyPolicyResponse struct {
 
 func (x *ApplyPolicyResponse) Reset() {
 	*x = ApplyPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1524,7 @@ func (x *ApplyPolicyResponse) String() string {
 func (*ApplyPolicyResponse) ProtoMessage() {}
 
 func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1537,7 @@ func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ApplyPolicyResponse) GetRules() int32 {
@@ -1167,7 +1556,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +1568,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +1581,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 // GetPolicyResponse is the rules.
@@ -1206,7 +1595,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1607,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1620,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetPolicyResponse) GetSource() string {
@@ -1262,7 +1651,7 @@ type TestPolicyRequest struct {
 
 func (x *TestPolicyRequest) Reset() {
 	*x = TestPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1274,7 +1663,7 @@ func (x *TestPolicyRequest) String() string {
 func (*TestPolicyRequest) ProtoMessage() {}
 
 func (x *TestPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1287,7 +1676,7 @@ func (x *TestPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestPolicyRequest.ProtoReflect.Descriptor instead.
 func (*TestPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TestPolicyRequest) GetPrincipal() string {
@@ -1353,7 +1742,7 @@ type Package struct {
 
 func (x *Package) Reset() {
 	*x = Package{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1754,7 @@ func (x *Package) String() string {
 func (*Package) ProtoMessage() {}
 
 func (x *Package) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1767,7 @@ func (x *Package) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Package.ProtoReflect.Descriptor instead.
 func (*Package) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Package) GetName() string {
@@ -1440,7 +1829,7 @@ type TestPolicyResponse struct {
 
 func (x *TestPolicyResponse) Reset() {
 	*x = TestPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1841,7 @@ func (x *TestPolicyResponse) String() string {
 func (*TestPolicyResponse) ProtoMessage() {}
 
 func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1854,7 @@ func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestPolicyResponse.ProtoReflect.Descriptor instead.
 func (*TestPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TestPolicyResponse) GetAllowed() bool {
@@ -1509,7 +1898,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +1910,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +1923,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListEntriesRequest) GetFromRow() int64 {
@@ -1564,7 +1953,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1576,7 +1965,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1589,7 +1978,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListEntriesResponse) GetFirstRow() int64 {
@@ -1669,6 +2058,28 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\rGetKeyRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"6\n" +
 	"\x0eGetKeyResponse\x12$\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\xba\x01\n" +
+	"\x13AmendOpenPGPRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
+	"\x05renew\x18\x02 \x01(\v2\x16.signwarden.v1.RenewalH\x00R\x05renew\x12 \n" +
+	"\vadd_user_id\x18\x03 \x01(\tH\x00R\taddUserId\x123\n" +
+	"\x06revoke\x18\x04 \x01(\v2\x19.signwarden.v1.RevocationH\x00R\x06revokeB\b\n" +
+	"\x06change\"?\n" +
+	"\aRenewal\x124\n" +
+	"\aexpires\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"8\n" +
+	"\n" +
+	"Revocation\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"<\n" +
+	"\x14AmendOpenPGPResponse\x12$\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\xc2\x01\n" +
+	"\x14RotateOpenPGPRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12\x1c\n" +
+	"\talgorithm\x18\x03 \x01(\tR\talgorithm\x124\n" +
+	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x122\n" +
+	"\x06retire\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06retire\"=\n" +
+	"\x15RotateOpenPGPResponse\x12$\n" +
 	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"'\n" +
 	"\x0fListKeysRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\tR\x05after\"Y\n" +
@@ -1712,7 +2123,7 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\"L\n" +
 	"\x13ListEntriesResponse\x12\x1b\n" +
 	"\tfirst_row\x18\x01 \x01(\x03R\bfirstRow\x12\x18\n" +
-	"\aentries\x18\x02 \x03(\fR\aentries2\xe0\x04\n" +
+	"\aentries\x18\x02 \x03(\fR\aentries2\x95\x06\n" +
 	"\n" +
 	"KeyService\x12N\n" +
 	"\tCreateKey\x12\x1f.signwarden.v1.CreateKeyRequest\x1a .signwarden.v1.CreateKeyResponse\x12E\n" +
@@ -1722,7 +2133,9 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"CertifyKey\x12 .signwarden.v1.CertifyKeyRequest\x1a!.signwarden.v1.CertifyKeyResponse\x12T\n" +
 	"\vImportChain\x12!.signwarden.v1.ImportChainRequest\x1a\".signwarden.v1.ImportChainResponse\x12o\n" +
-	"\x14CreateSigningRequest\x12*.signwarden.v1.CreateSigningRequestRequest\x1a+.signwarden.v1.CreateSigningRequestResponse2\x88\x02\n" +
+	"\x14CreateSigningRequest\x12*.signwarden.v1.CreateSigningRequestRequest\x1a+.signwarden.v1.CreateSigningRequestResponse\x12W\n" +
+	"\fAmendOpenPGP\x12\".signwarden.v1.AmendOpenPGPRequest\x1a#.signwarden.v1.AmendOpenPGPResponse\x12Z\n" +
+	"\rRotateOpenPGP\x12#.signwarden.v1.RotateOpenPGPRequest\x1a$.signwarden.v1.RotateOpenPGPResponse2\x88\x02\n" +
 	"\rPolicyService\x12T\n" +
 	"\vApplyPolicy\x12!.signwarden.v1.ApplyPolicyRequest\x1a\".signwarden.v1.ApplyPolicyResponse\x12N\n" +
 	"\tGetPolicy\x12\x1f.signwarden.v1.GetPolicyRequest\x1a .signwarden.v1.GetPolicyResponse\x12Q\n" +
@@ -1743,7 +2156,7 @@ func file_signwarden_v1_admin_proto_rawDescGZIP() []byte {
 	return file_signwarden_v1_admin_proto_rawDescData
 }
 
-var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_signwarden_v1_admin_proto_goTypes = []any{
 	(*Key)(nil),                          // 0: signwarden.v1.Key
 	(*Name)(nil),                         // 1: signwarden.v1.Name
@@ -1758,65 +2171,82 @@ var file_signwarden_v1_admin_proto_goTypes = []any{
 	(*CreateKeyResponse)(nil),            // 10: signwarden.v1.CreateKeyResponse
 	(*GetKeyRequest)(nil),                // 11: signwarden.v1.GetKeyRequest
 	(*GetKeyResponse)(nil),               // 12: signwarden.v1.GetKeyResponse
-	(*ListKeysRequest)(nil),              // 13: signwarden.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),             // 14: signwarden.v1.ListKeysResponse
-	(*SetKeyStateRequest)(nil),           // 15: signwarden.v1.SetKeyStateRequest
-	(*SetKeyStateResponse)(nil),          // 16: signwarden.v1.SetKeyStateResponse
-	(*ApplyPolicyRequest)(nil),           // 17: signwarden.v1.ApplyPolicyRequest
-	(*ApplyPolicyResponse)(nil),          // 18: signwarden.v1.ApplyPolicyResponse
-	(*GetPolicyRequest)(nil),             // 19: signwarden.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),            // 20: signwarden.v1.GetPolicyResponse
-	(*TestPolicyRequest)(nil),            // 21: signwarden.v1.TestPolicyRequest
-	(*Package)(nil),                      // 22: signwarden.v1.Package
-	(*TestPolicyResponse)(nil),           // 23: signwarden.v1.TestPolicyResponse
-	(*ListEntriesRequest)(nil),           // 24: signwarden.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),          // 25: signwarden.v1.ListEntriesResponse
-	(*timestamppb.Timestamp)(nil),        // 26: google.protobuf.Timestamp
-	(HashAlgorithm)(0),                   // 27: signwarden.v1.HashAlgorithm
+	(*AmendOpenPGPRequest)(nil),          // 13: signwarden.v1.AmendOpenPGPRequest
+	(*Renewal)(nil),                      // 14: signwarden.v1.Renewal
+	(*Revocation)(nil),                   // 15: signwarden.v1.Revocation
+	(*AmendOpenPGPResponse)(nil),         // 16: signwarden.v1.AmendOpenPGPResponse
+	(*RotateOpenPGPRequest)(nil),         // 17: signwarden.v1.RotateOpenPGPRequest
+	(*RotateOpenPGPResponse)(nil),        // 18: signwarden.v1.RotateOpenPGPResponse
+	(*ListKeysRequest)(nil),              // 19: signwarden.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),             // 20: signwarden.v1.ListKeysResponse
+	(*SetKeyStateRequest)(nil),           // 21: signwarden.v1.SetKeyStateRequest
+	(*SetKeyStateResponse)(nil),          // 22: signwarden.v1.SetKeyStateResponse
+	(*ApplyPolicyRequest)(nil),           // 23: signwarden.v1.ApplyPolicyRequest
+	(*ApplyPolicyResponse)(nil),          // 24: signwarden.v1.ApplyPolicyResponse
+	(*GetPolicyRequest)(nil),             // 25: signwarden.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),            // 26: signwarden.v1.GetPolicyResponse
+	(*TestPolicyRequest)(nil),            // 27: signwarden.v1.TestPolicyRequest
+	(*Package)(nil),                      // 28: signwarden.v1.Package
+	(*TestPolicyResponse)(nil),           // 29: signwarden.v1.TestPolicyResponse
+	(*ListEntriesRequest)(nil),           // 30: signwarden.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),          // 31: signwarden.v1.ListEntriesResponse
+	(*timestamppb.Timestamp)(nil),        // 32: google.protobuf.Timestamp
+	(HashAlgorithm)(0),                   // 33: signwarden.v1.HashAlgorithm
 }
 var file_signwarden_v1_admin_proto_depIdxs = []int32{
-	26, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
+	32, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
 	8,  // 1: signwarden.v1.Key.openpgp:type_name -> signwarden.v1.OpenPGPCertificate
 	1,  // 2: signwarden.v1.CertifyKeyRequest.subject:type_name -> signwarden.v1.Name
-	26, // 3: signwarden.v1.CertifyKeyRequest.expires:type_name -> google.protobuf.Timestamp
+	32, // 3: signwarden.v1.CertifyKeyRequest.expires:type_name -> google.protobuf.Timestamp
 	0,  // 4: signwarden.v1.CertifyKeyResponse.key:type_name -> signwarden.v1.Key
 	0,  // 5: signwarden.v1.ImportChainResponse.key:type_name -> signwarden.v1.Key
 	1,  // 6: signwarden.v1.CreateSigningRequestRequest.subject:type_name -> signwarden.v1.Name
-	26, // 7: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
-	26, // 8: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
+	32, // 7: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
+	32, // 8: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
 	0,  // 9: signwarden.v1.CreateKeyResponse.key:type_name -> signwarden.v1.Key
 	0,  // 10: signwarden.v1.GetKeyResponse.key:type_name -> signwarden.v1.Key
-	0,  // 11: signwarden.v1.ListKeysResponse.keys:type_name -> signwarden.v1.Key
-	0,  // 12: signwarden.v1.SetKeyStateResponse.key:type_name -> signwarden.v1.Key
-	27, // 13: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
-	22, // 14: signwarden.v1.TestPolicyRequest.package:type_name -> signwarden.v1.Package
-	9,  // 15: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
-	11, // 16: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
-	13, // 17: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
-	15, // 18: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
-	2,  // 19: signwarden.v1.KeyService.CertifyKey:input_type -> signwarden.v1.CertifyKeyRequest
-	4,  // 20: signwarden.v1.KeyService.ImportChain:input_type -> signwarden.v1.ImportChainRequest
-	6,  // 21: signwarden.v1.KeyService.CreateSigningRequest:input_type -> signwarden.v1.CreateSigningRequestRequest
-	17, // 22: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
-	19, // 23: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
-	21, // 24: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
-	24, // 25: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
-	10, // 26: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
-	12, // 27: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
-	14, // 28: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
-	16, // 29: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
-	3,  // 30: signwarden.v1.KeyService.CertifyKey:output_type -> signwarden.v1.CertifyKeyResponse
-	5,  // 31: signwarden.v1.KeyService.ImportChain:output_type -> signwarden.v1.ImportChainResponse
-	7,  // 32: signwarden.v1.KeyService.CreateSigningRequest:output_type -> signwarden.v1.CreateSigningRequestResponse
-	18, // 33: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
-	20, // 34: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
-	23, // 35: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
-	25, // 36: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
-	26, // [26:37] is the sub-list for method output_type
-	15, // [15:26] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	14, // 11: signwarden.v1.AmendOpenPGPRequest.renew:type_name -> signwarden.v1.Renewal
+	15, // 12: signwarden.v1.AmendOpenPGPRequest.revoke:type_name -> signwarden.v1.Revocation
+	32, // 13: signwarden.v1.Renewal.expires:type_name -> google.protobuf.Timestamp
+	0,  // 14: signwarden.v1.AmendOpenPGPResponse.key:type_name -> signwarden.v1.Key
+	32, // 15: signwarden.v1.RotateOpenPGPRequest.expires:type_name -> google.protobuf.Timestamp
+	32, // 16: signwarden.v1.RotateOpenPGPRequest.retire:type_name -> google.protobuf.Timestamp
+	0,  // 17: signwarden.v1.RotateOpenPGPResponse.key:type_name -> signwarden.v1.Key
+	0,  // 18: signwarden.v1.ListKeysResponse.keys:type_name -> signwarden.v1.Key
+	0,  // 19: signwarden.v1.SetKeyStateResponse.key:type_name -> signwarden.v1.Key
+	33, // 20: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
+	28, // 21: signwarden.v1.TestPolicyRequest.package:type_name -> signwarden.v1.Package
+	9,  // 22: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
+	11, // 23: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
+	19, // 24: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
+	21, // 25: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
+	2,  // 26: signwarden.v1.KeyService.CertifyKey:input_type -> signwarden.v1.CertifyKeyRequest
+	4,  // 27: signwarden.v1.KeyService.ImportChain:input_type -> signwarden.v1.ImportChainRequest
+	6,  // 28: signwarden.v1.KeyService.CreateSigningRequest:input_type -> signwarden.v1.CreateSigningRequestRequest
+	13, // 29: signwarden.v1.KeyService.AmendOpenPGP:input_type -> signwarden.v1.AmendOpenPGPRequest
+	17, // 30: signwarden.v1.KeyService.RotateOpenPGP:input_type -> signwarden.v1.RotateOpenPGPRequest
+	23, // 31: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
+	25, // 32: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
+	27, // 33: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
+	30, // 34: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
+	10, // 35: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
+	12, // 36: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
+	20, // 37: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
+	22, // 38: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
+	3,  // 39: signwarden.v1.KeyService.CertifyKey:output_type -> signwarden.v1.CertifyKeyResponse
+	5,  // 40: signwarden.v1.KeyService.ImportChain:output_type -> signwarden.v1.ImportChainResponse
+	7,  // 41: signwarden.v1.KeyService.CreateSigningRequest:output_type -> signwarden.v1.CreateSigningRequestResponse
+	16, // 42: signwarden.v1.KeyService.AmendOpenPGP:output_type -> signwarden.v1.AmendOpenPGPResponse
+	18, // 43: signwarden.v1.KeyService.RotateOpenPGP:output_type -> signwarden.v1.RotateOpenPGPResponse
+	24, // 44: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
+	26, // 45: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
+	29, // 46: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
+	31, // 47: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
+	35, // [35:48] is the sub-list for method output_type
+	22, // [22:35] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_signwarden_v1_admin_proto_init() }
@@ -1825,13 +2255,18 @@ func file_signwarden_v1_admin_proto_init() {
 		return
 	}
 	file_signwarden_v1_signing_proto_init()
+	file_signwarden_v1_admin_proto_msgTypes[13].OneofWrappers = []any{
+		(*AmendOpenPGPRequest_Renew)(nil),
+		(*AmendOpenPGPRequest_AddUserId)(nil),
+		(*AmendOpenPGPRequest_Revoke)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signwarden_v1_admin_proto_rawDesc), len(file_signwarden_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

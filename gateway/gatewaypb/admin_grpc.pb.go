@@ -26,6 +26,8 @@ const (
 	KeyService_CertifyKey_FullMethodName           = "/signwarden.v1.KeyService/CertifyKey"
 	KeyService_ImportChain_FullMethodName          = "/signwarden.v1.KeyService/ImportChain"
 	KeyService_CreateSigningRequest_FullMethodName = "/signwarden.v1.KeyService/CreateSigningRequest"
+	KeyService_AmendOpenPGP_FullMethodName         = "/signwarden.v1.KeyService/AmendOpenPGP"
+	KeyService_RotateOpenPGP_FullMethodName        = "/signwarden.v1.KeyService/RotateOpenPGP"
 )
 
 // KeyServiceClient is the client API for KeyService service.
@@ -53,6 +55,12 @@ type KeyServiceClient interface {
 	// CreateSigningRequest makes a PKCS #10 request for a key. Needs an admin rule
 	// for the key.
 	CreateSigningRequest(ctx context.Context, in *CreateSigningRequestRequest, opts ...grpc.CallOption) (*CreateSigningRequestResponse, error)
+	// AmendOpenPGP changes the OpenPGP certificate of a key, and of all keys that
+	// are in the same one. Needs an admin rule for the key.
+	AmendOpenPGP(ctx context.Context, in *AmendOpenPGPRequest, opts ...grpc.CallOption) (*AmendOpenPGPResponse, error)
+	// RotateOpenPGP makes a new key, as another signing subkey of a key's OpenPGP
+	// certificate. Needs an admin rule for both.
+	RotateOpenPGP(ctx context.Context, in *RotateOpenPGPRequest, opts ...grpc.CallOption) (*RotateOpenPGPResponse, error)
 }
 
 type keyServiceClient struct {
@@ -133,6 +141,26 @@ func (c *keyServiceClient) CreateSigningRequest(ctx context.Context, in *CreateS
 	return out, nil
 }
 
+func (c *keyServiceClient) AmendOpenPGP(ctx context.Context, in *AmendOpenPGPRequest, opts ...grpc.CallOption) (*AmendOpenPGPResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AmendOpenPGPResponse)
+	err := c.cc.Invoke(ctx, KeyService_AmendOpenPGP_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyServiceClient) RotateOpenPGP(ctx context.Context, in *RotateOpenPGPRequest, opts ...grpc.CallOption) (*RotateOpenPGPResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RotateOpenPGPResponse)
+	err := c.cc.Invoke(ctx, KeyService_RotateOpenPGP_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // KeyServiceServer is the server API for KeyService service.
 // All implementations must embed UnimplementedKeyServiceServer
 // for forward compatibility.
@@ -158,6 +186,12 @@ type KeyServiceServer interface {
 	// CreateSigningRequest makes a PKCS #10 request for a key. Needs an admin rule
 	// for the key.
 	CreateSigningRequest(context.Context, *CreateSigningRequestRequest) (*CreateSigningRequestResponse, error)
+	// AmendOpenPGP changes the OpenPGP certificate of a key, and of all keys that
+	// are in the same one. Needs an admin rule for the key.
+	AmendOpenPGP(context.Context, *AmendOpenPGPRequest) (*AmendOpenPGPResponse, error)
+	// RotateOpenPGP makes a new key, as another signing subkey of a key's OpenPGP
+	// certificate. Needs an admin rule for both.
+	RotateOpenPGP(context.Context, *RotateOpenPGPRequest) (*RotateOpenPGPResponse, error)
 	mustEmbedUnimplementedKeyServiceServer()
 }
 
@@ -188,6 +222,12 @@ func (UnimplementedKeyServiceServer) ImportChain(context.Context, *ImportChainRe
 }
 func (UnimplementedKeyServiceServer) CreateSigningRequest(context.Context, *CreateSigningRequestRequest) (*CreateSigningRequestResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateSigningRequest not implemented")
+}
+func (UnimplementedKeyServiceServer) AmendOpenPGP(context.Context, *AmendOpenPGPRequest) (*AmendOpenPGPResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AmendOpenPGP not implemented")
+}
+func (UnimplementedKeyServiceServer) RotateOpenPGP(context.Context, *RotateOpenPGPRequest) (*RotateOpenPGPResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RotateOpenPGP not implemented")
 }
 func (UnimplementedKeyServiceServer) mustEmbedUnimplementedKeyServiceServer() {}
 func (UnimplementedKeyServiceServer) testEmbeddedByValue()                    {}
@@ -336,6 +376,42 @@ func _KeyService_CreateSigningRequest_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyService_AmendOpenPGP_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AmendOpenPGPRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).AmendOpenPGP(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_AmendOpenPGP_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).AmendOpenPGP(ctx, req.(*AmendOpenPGPRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyService_RotateOpenPGP_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RotateOpenPGPRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).RotateOpenPGP(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_RotateOpenPGP_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).RotateOpenPGP(ctx, req.(*RotateOpenPGPRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // KeyService_ServiceDesc is the grpc.ServiceDesc for KeyService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -370,6 +446,14 @@ var KeyService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CreateSigningRequest",
 			Handler:    _KeyService_CreateSigningRequest_Handler,
+		},
+		{
+			MethodName: "AmendOpenPGP",
+			Handler:    _KeyService_AmendOpenPGP_Handler,
+		},
+		{
+			MethodName: "RotateOpenPGP",
+			Handler:    _KeyService_RotateOpenPGP_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -54,7 +54,7 @@ func New(t testing.TB, policy string, change ...func(*gateway.Config)) *Fixture 
 	}
 	f := &Fixture{Token: NewToken(), Store: &Store{State: store.State{Policy: []byte(policy)}}, Root: Principal(t, "root")}
 	c := gateway.Config{
-		Store: f.Store, Token: f.Token, TokenLabel: "memory", Certify: Certify, Read: Read,
+		Store: f.Store, Token: f.Token, TokenLabel: "memory", Certify: Certify, Amend: Amend, Read: Read,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 	for _, ch := range change {
@@ -101,6 +101,24 @@ func Certify(userID string, _, _ time.Time, primary, subkey crypto.Signer) ([]by
 	sum := sha256.Sum256([]byte(userID))
 	out := []byte("certificate of " + userID)
 	for _, s := range []crypto.Signer{primary, subkey} {
+		if s == nil {
+			continue
+		}
+		sig, err := s.Sign(rand.Reader, sum[:], crypto.SHA256)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, sig...)
+	}
+	return out, nil
+}
+
+// Amend stands for a maker of amended certificates: what it is asked is written
+// behind the certificate, and signed by all signers that it gets.
+func Amend(m gateway.Amendment) ([]byte, error) {
+	sum := sha256.Sum256(m.Certificate)
+	out := fmt.Appendf(bytes.Clone(m.Certificate), "; renew %v, user id %q, revoke %v, expires %v", m.Renew, m.UserID, m.Revoke, m.Expires)
+	for _, s := range append([]crypto.Signer{m.Primary, m.NewSubkey, m.Retire}, m.Subkeys...) {
 		if s == nil {
 			continue
 		}
@@ -316,6 +334,20 @@ func (s *Store) Commit(_ context.Context, c store.Change) (int64, error) {
 		for i := range s.State.Keys {
 			if s.State.Keys[i].Name == c.SetX509.Name {
 				s.State.Keys[i].X509 = c.SetX509.Chain
+			}
+		}
+	}
+	for _, o := range c.SetOpenPGP {
+		for i := range s.State.Keys {
+			k := &s.State.Keys[i]
+			if k.Name != o.Name {
+				continue
+			}
+			pgp := *k.OpenPGP
+			pgp.Certificate, pgp.Expires = o.Certificate, o.Expires
+			k.OpenPGP = &pgp
+			if o.Disable {
+				k.State = keys.Disabled
 			}
 		}
 	}

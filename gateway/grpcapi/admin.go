@@ -73,6 +73,35 @@ func (a *admin) CreateKey(ctx context.Context, r *pb.CreateKeyRequest) (*pb.Crea
 	return &pb.CreateKeyResponse{Key: a.done(ctx, k)}, nil
 }
 
+// AmendOpenPGP implements the call.
+func (a *admin) AmendOpenPGP(ctx context.Context, r *pb.AmendOpenPGPRequest) (*pb.AmendOpenPGPResponse, error) {
+	c := gateway.OpenPGPChange{AddUserID: r.GetAddUserId()}
+	if n := r.GetRenew(); n != nil {
+		expires := fromTimestamp(n.GetExpires())
+		c.Renew = &expires
+	}
+	if v := r.GetRevoke(); v != nil {
+		c.Revoke = &gateway.Revocation{Reason: v.GetReason(), Text: v.GetText()}
+	}
+	k, err := a.s.c.Gateway.AmendOpenPGP(ctx, principal(ctx), frontEnd, r.GetName(), c)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.AmendOpenPGPResponse{Key: a.done(ctx, k)}, nil
+}
+
+// RotateOpenPGP implements the call.
+func (a *admin) RotateOpenPGP(ctx context.Context, r *pb.RotateOpenPGPRequest) (*pb.RotateOpenPGPResponse, error) {
+	k, err := a.s.c.Gateway.RotateOpenPGP(ctx, principal(ctx), frontEnd, r.GetName(), gateway.Rotation{
+		To: r.GetTo(), Algorithm: keys.Algorithm(r.GetAlgorithm()),
+		Expires: fromTimestamp(r.GetExpires()), Retire: fromTimestamp(r.GetRetire()),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.RotateOpenPGPResponse{Key: a.done(ctx, k)}, nil
+}
+
 func (a *admin) GetKey(ctx context.Context, r *pb.GetKeyRequest) (*pb.GetKeyResponse, error) {
 	out, err := a.visible(ctx, r.GetName())
 	return &pb.GetKeyResponse{Key: out}, err

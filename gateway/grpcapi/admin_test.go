@@ -310,6 +310,12 @@ func calls(conn *grpc.ClientConn) map[string]struct {
 		"KeyService.CreateSigningRequest": {1, func(ctx context.Context) error {
 			return second(ks.CreateSigningRequest(ctx, &pb.CreateSigningRequestRequest{Name: "k", Subject: &pb.Name{CommonName: "k"}}))
 		}},
+		"KeyService.AmendOpenPGP": {1, func(ctx context.Context) error {
+			return second(ks.AmendOpenPGP(ctx, &pb.AmendOpenPGPRequest{Name: "pgp", Change: &pb.AmendOpenPGPRequest_AddUserId{AddUserId: "x"}}))
+		}},
+		"KeyService.RotateOpenPGP": {1, func(ctx context.Context) error {
+			return second(ks.RotateOpenPGP(ctx, &pb.RotateOpenPGPRequest{Name: "pgp", To: "rotated"}))
+		}},
 		"KeyService.GetKey": {0, func(ctx context.Context) error {
 			return second(ks.GetKey(ctx, &pb.GetKeyRequest{Name: "k"}))
 		}},
@@ -347,6 +353,9 @@ func TestEveryMethod(t *testing.T) {
 	})
 	f.Key(t, "k", keys.Ed25519)
 	f.Key(t, "other", keys.Ed25519)
+	if _, err := f.CreateKey(t.Context(), f.Root, "test", gateway.KeySpec{Name: "pgp", Algorithm: keys.Ed25519, UserID: "p"}); err != nil {
+		t.Fatal(err)
+	}
 	s := serve(t, f)
 	root, nobody := calls(s.raw(t, "root")), calls(s.raw(t, "nobody"))
 

@@ -33,6 +33,7 @@ func testStore(t *testing.T, open func(t *testing.T) store.Store) {
 		"key exists":         testKeyExists,
 		"state":              testState,
 		"x509":               testX509,
+		"openpgp":            testOpenPGP,
 		"pending":            testPending,
 		"policy":             testPolicy,
 		"audit rows":         testAuditRows,
@@ -254,6 +255,29 @@ func testX509(t *testing.T, s store.Store) {
 		a.X509 = chain
 		wantState(t, s, "", a, b)
 	}
+}
+
+func testOpenPGP(t *testing.T, s store.Store) {
+	a, b, c := plainKey("a"), plainKey("b"), plainKey("c")
+	a.OpenPGP = &keys.OpenPGP{UserID: "x", Layout: keys.Single, Certificate: []byte{1}}
+	for _, k := range []*keys.Key{&a, &b} {
+		commit(t, s, store.Change{CreateKey: k})
+	}
+	until := time.Unix(4e9, 0).UTC()
+	pgp := keys.OpenPGP{UserID: "x", Layout: keys.Subkey, Certificate: []byte{1, 2}, Expires: until, PrimaryID: a.ID, PrimaryPublic: a.Public}
+	c.OpenPGP = &pgp
+	// A key and the certificate that it is in, in one commit.
+	commit(t, s, store.Change{CreateKey: &c, SetOpenPGP: []store.SetOpenPGP{{Name: "a", Certificate: []byte{1, 2}, Expires: until}}})
+	a.OpenPGP = &keys.OpenPGP{UserID: "x", Layout: keys.Single, Certificate: []byte{1, 2}, Expires: until}
+	wantState(t, s, "", a, b, c)
+	commit(t, s, store.Change{SetOpenPGP: []store.SetOpenPGP{
+		{Name: "a", Certificate: []byte{3}, Disable: true}, {Name: "c", Certificate: []byte{3}, Disable: true},
+	}})
+	a.OpenPGP, a.State = &keys.OpenPGP{UserID: "x", Layout: keys.Single, Certificate: []byte{3}}, keys.Disabled
+	last := pgp
+	last.Certificate, last.Expires = []byte{3}, time.Time{}
+	c.OpenPGP, c.State = &last, keys.Disabled
+	wantState(t, s, "", a, b, c)
 }
 
 // certificate is some DER certificate.

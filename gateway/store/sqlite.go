@@ -218,6 +218,14 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 			return 0, fmt.Errorf("storing the certificates of key %q: %w", c.SetX509.Name, err)
 		}
 	}
+	for _, o := range c.SetOpenPGP {
+		err := updateOne(ctx, tx, `UPDATE keys SET openpgp = ?, openpgp_expires = ?, state = CASE WHEN ? THEN ? ELSE state END
+			WHERE name = ? AND openpgp IS NOT NULL`,
+			o.Certificate, sql.NullInt64{Int64: o.Expires.Unix(), Valid: !o.Expires.IsZero()}, o.Disable, keys.Disabled, o.Name)
+		if err != nil {
+			return 0, fmt.Errorf("storing the OpenPGP certificate of key %q: %w", o.Name, err)
+		}
+	}
 	if c.Policy != nil {
 		if _, err := tx.ExecContext(ctx, `INSERT INTO policy (source) VALUES (?)`, c.Policy); err != nil {
 			return 0, fmt.Errorf("storing the policy: %w", err)

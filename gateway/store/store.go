@@ -64,10 +64,12 @@ type Change struct {
 	CreateKey *keys.Key // ErrExists where the name is taken
 	SetState  *SetState
 	SetX509   *SetX509
-	Begin     []Pending // pairs about to be made
-	Forget    [][]byte  // CKA_IDs of pairs that are registered, by this change or before, or destroyed
-	Policy    []byte
-	Audit     [][]byte
+	// SetOpenPGP are the keys of one certificate.
+	SetOpenPGP []SetOpenPGP
+	Begin      []Pending // pairs about to be made
+	Forget     [][]byte  // CKA_IDs of pairs that are registered, by this change or before, or destroyed
+	Policy     []byte
+	Audit      [][]byte
 	// Answers are kept beside the entries of Audit, one for each, nil for none; or
 	// none of them has one, and Answers is nil.
 	Answers [][]byte
@@ -78,6 +80,14 @@ type Change struct {
 type SetState struct {
 	Name  string
 	State keys.State
+}
+
+// SetOpenPGP gives a stored key that has an OpenPGP certificate another one.
+type SetOpenPGP struct {
+	Name        string
+	Certificate []byte
+	Expires     time.Time // zero: never
+	Disable     bool      // puts the key into the state keys.Disabled
 }
 
 // SetX509 gives a stored key another certificate chain.
