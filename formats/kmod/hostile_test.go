@@ -6,10 +6,12 @@ import (
 	"crypto"
 	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
@@ -127,6 +129,43 @@ func TestOwnContent(t *testing.T) {
 	_, err = verify(signed, s.cert)
 	if !errors.Is(err, cms.ErrMalformed) {
 		t.Errorf("got %v, want cms.ErrMalformed", err)
+	}
+}
+
+// blocksXZ is an xz file of empty blocks, each with a dictionary of its own.
+func blocksXZ(blocks int, dict byte) []byte {
+	stream := []byte{0xfd, '7', 'z', 'X', 'Z', 0, 0, 1}
+	stream = binary.LittleEndian.AppendUint32(stream, crc32.ChecksumIEEE(stream[6:]))
+	block := []byte{2, 0, 0x21, 1, dict, 0, 0, 0}
+	block = binary.LittleEndian.AppendUint32(block, crc32.ChecksumIEEE(block))
+	block = append(block, 0, 0, 0, 0, 0, 0, 0, 0) // the end of LZMA2, padding, the check of nothing
+	return append(stream, bytes.Repeat(block, blocks)...)
+}
+
+// What an xz file claims to need is allocated only as far as its size can use it, and not for each of its blocks.
+func TestDictionaries(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		b    []byte
+		want string
+		most uint64
+	}{
+		{"8 MiB for little", blocksXZ(1, 22), "unexpected EOF", 3 << 20},
+		{"4 GiB for little", blocksXZ(1, 40), "unexpected EOF", 3 << 20},
+		{"4 GiB for a lot", append(blocksXZ(1, 40), make([]byte, 100<<10)...), "over 8388608", 2 << 20},
+		{"8 MiB for each of many", blocksXZ(8000, 22), "smaller than their dictionaries", 40 << 20},
+		{"4 KiB for each of many", blocksXZ(8000, 0), "over 4096 blocks", 60 << 20},
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := kmod.Inspect(bytes.NewReader(tt.b), int64(len(tt.b)))
+		runtime.ReadMemStats(&after)
+		if !errors.Is(err, kmod.ErrMalformed) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
+		}
+		if n := after.TotalAlloc - before.TotalAlloc; n > tt.most {
+			t.Errorf("%s: %d KiB allocated, want at most %d", tt.name, n>>10, tt.most>>10)
+		}
 	}
 }
 
