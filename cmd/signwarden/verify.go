@@ -160,7 +160,7 @@ func (j *verifyJob) run(ctx context.Context, files []string, check func(*verifyJ
 	for _, file := range files {
 		by, err := j.one(ctx, file, check)
 		if err != nil {
-			exit.Print(j.a.err, "signwarden", fmt.Errorf("%s: %w", file, err))
+			exit.Print(j.a.err, "signwarden", exit.OneLine(fmt.Errorf("%s: %w", file, err)))
 			code = max(code, exit.Code(err))
 			continue
 		}
@@ -168,7 +168,7 @@ func (j *verifyJob) run(ctx context.Context, files []string, check func(*verifyJ
 	}
 	err := j.a.print(good, func(w io.Writer) {
 		for _, v := range good {
-			fmt.Fprintf(w, "%s: good signature by %s\n", v.File, v.By)
+			fmt.Fprintf(w, "%s: good signature by %s\n", exit.Line(v.File), exit.Line(v.By))
 		}
 	})
 	if err == nil && code != exit.OK {
