@@ -218,10 +218,10 @@ func (j *verifyJob) message(file, suffix string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(sig, cms.MaxSize+1))
 }
 
-func (j *verifyJob) checkOpenPGP(f untilDone, _ int64) (string, error) {
+func (j *verifyJob) checkOpenPGP(f untilDone, size int64) (string, error) {
 	head := make([]byte, len(clearHead))
 	if n, err := f.ReadAt(head, 0); err == nil && bytes.Equal(head[:n], []byte(clearHead)) && j.signature == "" {
-		_, info, err := openpgp.VerifyClear(j.pgp, f)
+		info, err := openpgp.VerifyClear(j.pgp, io.NewSectionReader(f, 0, size), nil)
 		return info.Signer.String(), err
 	}
 	sig, err := j.beside(f.f.Name(), ".sig", ".asc")
