@@ -10,7 +10,7 @@ import (
 
 	"github.com/signwarden/signwarden/formats/cms"
 	"github.com/signwarden/signwarden/formats/dmverity"
-	"github.com/signwarden/signwarden/formats/internal/hostiletest"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 )
 
 // files are those that veritysetup writes.

@@ -9,7 +9,7 @@ import (
 
 	"github.com/signwarden/signwarden/formats/cms"
 	"github.com/signwarden/signwarden/formats/efivar"
-	"github.com/signwarden/signwarden/formats/internal/hostiletest"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 )
 
 // contents are signature lists of every kind.

@@ -13,7 +13,7 @@ import (
 
 	"github.com/signwarden/signwarden/formats/cms"
 	"github.com/signwarden/signwarden/formats/fsverity"
-	"github.com/signwarden/signwarden/formats/internal/hostiletest"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 )
 
 func certs(s subject) []*x509.Certificate { return []*x509.Certificate{s.cert} }

@@ -17,7 +17,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/signwarden/signwarden/formats/cms"
-	"github.com/signwarden/signwarden/formats/internal/hostiletest"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 	"github.com/signwarden/signwarden/formats/kmod"
 )
 

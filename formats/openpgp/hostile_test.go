@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/signwarden/signwarden/formats/internal/hostiletest"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 	"github.com/signwarden/signwarden/formats/openpgp"
 )
 

@@ -12,7 +12,7 @@ import (
 	"testing"
 
 	"github.com/signwarden/signwarden/formats/cms"
-	"github.com/signwarden/signwarden/formats/internal/hostiletest"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 	"github.com/signwarden/signwarden/formats/pe"
 )
 
@@ -150,9 +150,9 @@ func smallest(t testing.TB, patterns ...string) []byte {
 	return best
 }
 
-// check asserts what holds for any input: no panic; what can be signed verifies then, and comes off again. It returns
-// what is wrong with the input.
-func check(t testing.TB, s subject, b []byte) error {
+// check asserts what holds for any input: no panic; what can be signed verifies then, and if again is set comes off and
+// can be signed again. It returns what is wrong with the input.
+func check(t testing.TB, s subject, b []byte, again bool) error {
 	t.Helper()
 	m, err := pe.Parse(bytes.NewReader(b), int64(len(b)))
 	if err != nil {
@@ -184,6 +184,9 @@ func check(t testing.TB, s subject, b []byte) error {
 	if err != nil || s.calls != 1 {
 		t.Errorf("what was signed does not verify: %v, %d calls", err, s.calls)
 	}
+	if !again {
+		return nil
+	}
 	if got := remove(t, out.Bytes()); !bytes.Equal(remove(t, sign(t, s, got, pe.Options{})), got) {
 		t.Error("signed and removed, an image is another")
 	}
@@ -205,7 +208,11 @@ func damage(r *rand.Rand, seed []byte) []byte {
 func TestMutations(t *testing.T) {
 	hostiletest.Run(t, func(t *testing.T) hostiletest.Files {
 		s := newSubject(t, "p256")
-		return hostiletest.Files{Seeds: seeds(t, s), Mutate: damage, Try: func(t testing.TB, _, b []byte) error { return check(t, s, b) }}
+		n := 0
+		return hostiletest.Files{Seeds: seeds(t, s), Mutate: damage, Try: func(t testing.TB, _, b []byte) error {
+			n++
+			return check(t, s, b, n%10 == 0)
+		}}
 	})
 }
 
@@ -214,5 +221,5 @@ func FuzzParse(f *testing.F) {
 	for _, b := range seeds(f, s) {
 		f.Add(b)
 	}
-	f.Fuzz(func(t *testing.T, b []byte) { _ = check(t, s, b) })
+	f.Fuzz(func(t *testing.T, b []byte) { _ = check(t, s, b, true) })
 }

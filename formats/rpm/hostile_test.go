@@ -12,7 +12,7 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/signwarden/signwarden/formats/internal/hostiletest"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 	"github.com/signwarden/signwarden/formats/openpgp"
 	"github.com/signwarden/signwarden/formats/rpm"
 )
