@@ -98,6 +98,11 @@ var rules = []rule{
 		direct: true,
 	},
 	{
+		name:  "what is for tests is in no program",
+		who:   []string{"./..."},
+		never: []string{"./formats/hostiletest", "./gateway/gatewaytest"},
+	},
+	{
 		name:  "sigerr is a leaf",
 		who:   []string{"./gateway/sigerr"},
 		never: []string{"./...", thirdParty},

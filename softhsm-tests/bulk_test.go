@@ -95,6 +95,40 @@ func TestConstantMemory(t *testing.T) {
 	mustEnv(t, g.verifier(t, "rel"), "gpg", "--batch", "--verify", file+".sig", file)
 }
 
+// A text of 96 MiB is clear-signed, from a file and through a pipe, and verified:
+// the client stays under 64 MiB.
+func TestClearSignMemory(t *testing.T) {
+	g := newGateway(t)
+	g.key(t, "rel", "ed25519")
+	dir := t.TempDir()
+	text := filepath.Join(dir, "text")
+	mustEnv(t, os.Environ(), "sh", "-c", "yes -- '- a line of the text, which is escaped' | head -c 100663296 >"+text)
+	run := func(shell string) {
+		t.Helper()
+		cmd := exec.Command("sh", "-c", shell)
+		cmd.Env = g.env
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", shell, err, out)
+		}
+		rss := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss // KiB
+		t.Logf("%s: %d KiB", strings.Fields(shell)[0:3], rss)
+		if rss >= 64<<10 {
+			t.Errorf("%s took %d KiB, want under %d", shell, rss, 64<<10)
+		}
+	}
+	run("exec signwarden sign openpgp --key rel --clearsign --output " + dir + "/file.asc " + text)
+	run("exec signwarden verify openpgp --key rel " + dir + "/file.asc")
+	run("cat " + text + " | TMPDIR=" + dir + " signwarden sign openpgp --key rel --clearsign - >" + dir + "/pipe.asc")
+	env := g.verifier(t, "rel")
+	for _, name := range []string{"/file.asc", "/pipe.asc"} {
+		mustEnv(t, env, "gpg", "--batch", "--verify", dir+name)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 3 {
+		t.Errorf("left over: %v, %v", entries, err)
+	}
+}
+
 // proxy forwards TCP and counts.
 type proxy struct {
 	address string

@@ -368,18 +368,18 @@ func (b *bulk) tell(o outcome, err error) {
 	if b.bar != nil {
 		if err != nil {
 			_ = b.bar.Clear()
-			exit.Print(b.a.err, "signwarden", fmt.Errorf("%s: %w", o.File, err))
+			exit.Print(b.a.err, "signwarden", exit.OneLine(fmt.Errorf("%s: %w", o.File, err)))
 		}
 		_ = b.bar.Add(1)
 		return
 	}
 	switch {
 	case err != nil:
-		exit.Print(b.a.err, "signwarden", fmt.Errorf("%s: %w", o.File, err))
+		exit.Print(b.a.err, "signwarden", exit.OneLine(fmt.Errorf("%s: %w", o.File, err)))
 	case b.enc == nil && o.Output != "" && o.Output != o.File:
-		b.a.say("%s %s: %s", o.Status, o.File, o.Output)
+		b.a.say("%s %s: %s", o.Status, exit.Line(o.File), exit.Line(o.Output))
 	case b.enc == nil:
-		b.a.say("%s %s", o.Status, o.File)
+		b.a.say("%s %s", o.Status, exit.Line(o.File))
 	}
 }
 

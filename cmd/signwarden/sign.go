@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -141,9 +142,9 @@ func (a *app) signOpenPGP() *cobra.Command {
 		Short: "Make OpenPGP signatures, detached or clear",
 		Long: `openpgp signs each FILE: FILE.sig is a detached signature, with --armor FILE.asc,
 and with --clearsign FILE.asc holds the text and its signature. Files are hashed
-here, in constant memory (a text to clear-sign is held in memory, at most
-64 MiB); only the digest is sent. A FILE of - is standard input, signed to
-standard output.
+here, in constant memory; only the digest is sent. A FILE of - is standard input,
+signed to standard output; a text from there is kept in a temporary file until it
+is clear-signed.
 
 A signature file that exists is left alone unless --force is given. An error with
 one file does not stop the others; then the exit code is 6.`,
@@ -210,7 +211,12 @@ func (j *openpgpJob) signFile(ctx context.Context, key openpgp.Key, signer crypt
 	}
 	write := func(w io.Writer) error {
 		if j.clearsign {
-			return openpgp.ClearSign(w, untilDone{ctx, in}, key, signer, o)
+			text, done, err := twice(untilDone{ctx, in})
+			if err != nil {
+				return err
+			}
+			defer done()
+			return openpgp.ClearSign(w, text, key, signer, o)
 		}
 		return openpgp.DetachSign(w, untilDone{ctx, in}, key, signer, o)
 	}
@@ -218,6 +224,29 @@ func (j *openpgpJob) signFile(ctx context.Context, key openpgp.Key, signer crypt
 		return out, write(j.a.out)
 	}
 	return out, writeWhole(out, j.replace, write)
+}
+
+// twice returns a reader of what is left of a file that can be read again: what
+// comes through a pipe is put into a temporary file, which is gone with done.
+func twice(in untilDone) (r io.ReadSeeker, done func(), err error) {
+	at, err := in.f.Seek(0, io.SeekCurrent)
+	if err == nil {
+		return io.NewSectionReader(in, at, math.MaxInt64-at), func() {}, nil
+	}
+	tmp, err := os.CreateTemp("", "signwarden-*")
+	if err != nil {
+		return nil, nil, fmt.Errorf("the text cannot be kept: %w", err)
+	}
+	os.Remove(tmp.Name())
+	if _, err := io.Copy(tmp, in); err != nil {
+		tmp.Close()
+		return nil, nil, err
+	}
+	if _, err := tmp.Seek(0, io.SeekStart); err != nil {
+		tmp.Close()
+		return nil, nil, err
+	}
+	return tmp, func() { tmp.Close() }, nil
 }
 
 // openInput opens what is to be read to its end: a file, pipe or device.

@@ -18,11 +18,12 @@ import (
 type autoJob struct {
 	bulk
 	target
-	key string
+	key     string
+	packers chan struct{}
 }
 
 func (a *app) signAuto() *cobra.Command {
-	j := autoJob{bulk: bulk{a: a}}
+	j := autoJob{bulk: bulk{a: a}, packers: packers()}
 	c := &cobra.Command{
 		Use:   "auto --key NAME FILE...",
 		Short: "Sign files that carry their signature, by what they hold",
@@ -69,7 +70,7 @@ func (j *autoJob) signFile(ctx context.Context, c *client.Client, k client.Key, 
 		return "", err
 	}
 	claim := client.Claim{File: filepath.Base(file)}
-	x := x509Job{target: j.target}
+	x := x509Job{target: j.target, packers: j.packers}
 	switch format {
 	case "rpm":
 		pgp, err := asOpenPGP(k)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -34,6 +35,8 @@ type x509Job struct {
 	skid        bool
 	pem         bool
 	suffix      string // of a detached signature; empty: the file carries it
+
+	packers chan struct{} // a place for each packed module under way
 }
 
 // signing is one file on its way: in is read, the result goes to w.
@@ -46,7 +49,7 @@ type signing struct {
 }
 
 func (a *app) signKMod() *cobra.Command {
-	j := &x509Job{bulk: bulk{a: a}, format: "kmod"}
+	j := &x509Job{bulk: bulk{a: a}, format: "kmod", packers: packers()}
 	c := j.command("kmod --key NAME FILE...", "Sign kernel modules, in place",
 		`kmod signs kernel modules as the kernel's scripts/sign-file does, byte for byte. Those
 compressed with xz, zstd or gzip are unpacked, signed and packed again. A signature
@@ -138,7 +141,20 @@ func isModule(path string) bool {
 	return filepath.Ext(name) == ".ko"
 }
 
+// packers bounds how many modules are unpacked and packed at a time: each takes
+// some ten megabytes for that, and a processor.
+func packers() chan struct{} { return make(chan struct{}, runtime.NumCPU()) }
+
 func (j *x509Job) module(s signing) error {
+	c, err := kmod.CompressionOf(s.in, s.size)
+	if err != nil {
+		return err
+	}
+	if c != kmod.Plain {
+		j.packers <- struct{}{}
+		defer func() { <-j.packers }()
+		s.signer = lending{s.signer, j.packers}
+	}
 	return kmod.Sign(s.w, s.in, s.size, s.signer, kmod.Options{Certificate: s.key.X509[0], Hash: j.h, SubjectKeyID: j.skid, Replace: !j.keep})
 }
 
@@ -148,6 +164,18 @@ func (j *x509Job) image(s signing) error {
 		return err
 	}
 	return m.Sign(s.w, s.signer, pe.Options{Certificate: s.key.X509[0], Chain: s.key.X509[1:], Hash: j.h, SigningTime: time.Now(), Replace: j.alone})
+}
+
+// lending is a signer whose caller gives a place away while it signs.
+type lending struct {
+	crypto.Signer
+	place chan struct{}
+}
+
+func (l lending) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	<-l.place
+	defer func() { l.place <- struct{}{} }()
+	return l.Signer.Sign(rand, digest, opts)
 }
 
 // command builds the command; sign makes what is written of one file.

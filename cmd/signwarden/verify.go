@@ -160,7 +160,7 @@ func (j *verifyJob) run(ctx context.Context, files []string, check func(*verifyJ
 	for _, file := range files {
 		by, err := j.one(ctx, file, check)
 		if err != nil {
-			exit.Print(j.a.err, "signwarden", fmt.Errorf("%s: %w", file, err))
+			exit.Print(j.a.err, "signwarden", exit.OneLine(fmt.Errorf("%s: %w", file, err)))
 			code = max(code, exit.Code(err))
 			continue
 		}
@@ -168,7 +168,7 @@ func (j *verifyJob) run(ctx context.Context, files []string, check func(*verifyJ
 	}
 	err := j.a.print(good, func(w io.Writer) {
 		for _, v := range good {
-			fmt.Fprintf(w, "%s: good signature by %s\n", v.File, v.By)
+			fmt.Fprintf(w, "%s: good signature by %s\n", exit.Line(v.File), exit.Line(v.By))
 		}
 	})
 	if err == nil && code != exit.OK {
@@ -218,10 +218,10 @@ func (j *verifyJob) message(file, suffix string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(sig, cms.MaxSize+1))
 }
 
-func (j *verifyJob) checkOpenPGP(f untilDone, _ int64) (string, error) {
+func (j *verifyJob) checkOpenPGP(f untilDone, size int64) (string, error) {
 	head := make([]byte, len(clearHead))
 	if n, err := f.ReadAt(head, 0); err == nil && bytes.Equal(head[:n], []byte(clearHead)) && j.signature == "" {
-		_, info, err := openpgp.VerifyClear(j.pgp, f)
+		info, err := openpgp.VerifyClear(j.pgp, io.NewSectionReader(f, 0, size), nil)
 		return info.Signer.String(), err
 	}
 	sig, err := j.beside(f.f.Name(), ".sig", ".asc")

@@ -13,6 +13,7 @@ import (
 
 	"github.com/signwarden/signwarden/formats/cms"
 	"github.com/signwarden/signwarden/formats/fsverity"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 )
 
 func certs(s subject) []*x509.Certificate { return []*x509.Certificate{s.cert} }
@@ -142,4 +143,59 @@ func TestTamper(t *testing.T) {
 	if !errors.Is(err, cms.ErrMalformed) {
 		t.Errorf("content of its own: got %v", err)
 	}
+}
+
+// seeds are signatures of a file: ours, and of fsverity.
+func seeds(t testing.TB, b []byte) ([][]byte, []*x509.Certificate) {
+	t.Helper()
+	var all [][]byte
+	var trusted []*x509.Certificate
+	for _, key := range []string{"rsa", "p256", "p384"} {
+		s := newSubject(t, key)
+		trusted = append(trusted, s.cert)
+		sig, err := fsverity.Sign(bytes.NewReader(b), s, s.cert, fsverity.Parameters{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		out := file(t, "f.sig", nil)
+		run(t, "fsverity", "sign", file(t, "f", b), out, "--key="+s.keyFile, "--cert="+s.certFile)
+		all = append(all, sig, read(t, out))
+	}
+	return all, trusted
+}
+
+// tryVerify asserts what holds for any signature, and returns what is wrong with it.
+func tryVerify(t testing.TB, b, sig []byte, trusted []*x509.Certificate) error {
+	t.Helper()
+	who, err := fsverity.Verify(bytes.NewReader(b), sig, trusted, fsverity.Parameters{})
+	if err != nil && (who != nil || !errors.Is(err, cms.ErrMalformed) && !errors.Is(err, cms.ErrUnsupported) && !errors.Is(err, cms.ErrBadSignature)) {
+		t.Errorf("got %v", err)
+	}
+	return err
+}
+
+func TestMutations(t *testing.T) {
+	hostiletest.Run(t, func(t *testing.T) hostiletest.Files {
+		b := content(5000)
+		all, trusted := seeds(t, b)
+		return hostiletest.Files{Seeds: all, Try: func(t testing.TB, _, sig []byte) error { return tryVerify(t, b, sig, trusted) }}
+	})
+}
+
+func FuzzVerify(f *testing.F) {
+	b := content(5000)
+	all, trusted := seeds(f, b)
+	for _, sig := range all {
+		err := tryVerify(f, b, sig, trusted)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b, sig)
+	}
+	f.Fuzz(func(t *testing.T, content, sig []byte) {
+		err := tryVerify(t, content, sig, trusted)
+		if err == nil && !bytes.Equal(content, b) {
+			t.Errorf("a good signature over %x", content)
+		}
+	})
 }

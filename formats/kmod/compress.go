@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/ulikunitz/xz"
+	"github.com/ulikunitz/xz/lzma"
 )
 
 // A Compression is how a module is packed.
@@ -39,6 +41,7 @@ type module struct {
 	file io.ReaderAt
 	size int64
 	comp Compression
+	room int64 // what it unpacks to at most
 }
 
 func newModule(file io.ReaderAt, size int64) (module, error) {
@@ -52,7 +55,7 @@ func newModule(file io.ReaderAt, size int64) (module, error) {
 	}
 	for _, c := range compressions {
 		if bytes.HasPrefix(head[:n], []byte(c.magic)) {
-			return module{file, size, c.c}, nil
+			return module{file, size, c.c, min(MaxModule, max(ratioFrom, size*maxRatio))}, nil
 		}
 	}
 	return module{}, fmt.Errorf("%w: neither ELF nor xz, zstd or gzip", ErrMalformed)
@@ -72,7 +75,7 @@ func (m module) read(use func(io.Reader) error) error {
 func (m module) unpack(in *bufio.Reader, use func(io.Reader) error) error {
 	switch m.comp {
 	case XZ:
-		return use(&boundedReader{r: newXZReader(in), packed: m.size})
+		return use(&boundedReader{r: newXZReader(in, m.room), packed: m.size})
 	case Zstd:
 		z, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 			zstd.WithDecoderMaxWindow(maxDictionary), zstd.WithDecoderMaxMemory(MaxModule))
@@ -127,14 +130,16 @@ func (b *boundedReader) Read(p []byte) (int, error) {
 
 // pack returns a writer that packs as modules_install would have, as near as the libraries can: the kernel itself
 // unpacks (MODULE_DECOMPRESS), and its xz knows CRC32 as only check and wants a small dictionary
-// (Documentation/staging/xz.rst).
-func (c Compression) pack(w io.Writer) (io.WriteCloser, error) {
+// (Documentation/staging/xz.rst). size is what will be written, or a little less.
+func (c Compression) pack(w io.Writer, size int64) (io.WriteCloser, error) {
+	// What a small module needs to look back; the libraries take a multiple of it in memory.
+	reach := max(lzma.MinDictCap, 1<<bits.Len64(uint64(size)))
 	switch c {
 	case XZ: // xz --check=crc32 --lzma2=dict=1MiB
-		return xz.WriterConfig{CheckSum: xz.CRC32, DictCap: 1 << 20}.NewWriter(w)
+		return xz.WriterConfig{CheckSum: xz.CRC32, DictCap: min(1<<20, reach)}.NewWriter(w)
 	case Zstd: // zstd: level 3, whose window is 2 MiB
 		return zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault),
-			zstd.WithWindowSize(2<<20))
+			zstd.WithWindowSize(min(2<<20, reach)))
 	case Gzip: // gzip -n
 		return gzip.NewWriterLevel(w, gzip.DefaultCompression)
 	default:

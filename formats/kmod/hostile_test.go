@@ -6,14 +6,18 @@ import (
 	"crypto"
 	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/signwarden/signwarden/formats/cms"
+	"github.com/signwarden/signwarden/formats/hostiletest"
 	"github.com/signwarden/signwarden/formats/kmod"
 )
 
@@ -130,6 +134,43 @@ func TestOwnContent(t *testing.T) {
 	}
 }
 
+// blocksXZ is an xz file of empty blocks, each with a dictionary of its own.
+func blocksXZ(blocks int, dict byte) []byte {
+	stream := []byte{0xfd, '7', 'z', 'X', 'Z', 0, 0, 1}
+	stream = binary.LittleEndian.AppendUint32(stream, crc32.ChecksumIEEE(stream[6:]))
+	block := []byte{2, 0, 0x21, 1, dict, 0, 0, 0}
+	block = binary.LittleEndian.AppendUint32(block, crc32.ChecksumIEEE(block))
+	block = append(block, 0, 0, 0, 0, 0, 0, 0, 0) // the end of LZMA2, padding, the check of nothing
+	return append(stream, bytes.Repeat(block, blocks)...)
+}
+
+// What an xz file claims to need is allocated only as far as its size can use it, and not for each of its blocks.
+func TestDictionaries(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		b    []byte
+		want string
+		most uint64
+	}{
+		{"8 MiB for little", blocksXZ(1, 22), "unexpected EOF", 3 << 20},
+		{"4 GiB for little", blocksXZ(1, 40), "unexpected EOF", 3 << 20},
+		{"4 GiB for a lot", append(blocksXZ(1, 40), make([]byte, 100<<10)...), "over 8388608", 2 << 20},
+		{"8 MiB for each of many", blocksXZ(8000, 22), "smaller than their dictionaries", 40 << 20},
+		{"4 KiB for each of many", blocksXZ(8000, 0), "over 4096 blocks", 60 << 20},
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := kmod.Inspect(bytes.NewReader(tt.b), int64(len(tt.b)))
+		runtime.ReadMemStats(&after)
+		if !errors.Is(err, kmod.ErrMalformed) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
+		}
+		if n := after.TotalAlloc - before.TotalAlloc; n > tt.most {
+			t.Errorf("%s: %d KiB allocated, want at most %d", tt.name, n>>10, tt.most>>10)
+		}
+	}
+}
+
 func cut(b []byte) []byte { return b[:len(b)-1] }
 
 // bomb is a module that unpacks to 20 MiB, from some 20 KiB or less.
@@ -184,75 +225,81 @@ func TestBombs(t *testing.T) {
 	}
 }
 
+// compiled is a module as the compiler makes it.
+func compiled(t testing.TB) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	source := file(t, "m.c", []byte(`
+__attribute__((section(".modinfo"), used)) static const char license[] = "license=GPL";
+static int table[2000] = {1, 2, 3};
+int init_module(void) { return table[1]; }
+void cleanup_module(void) { table[2]++; }
+`))
+	run(t, "gcc", "-c", "-g", "-o", dir+"/m.ko", source)
+	b, err := os.ReadFile(dir + "/m.ko")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
 // seeds are modules of every kind.
 func seeds(t testing.TB, s subject) [][]byte {
 	t.Helper()
 	var all [][]byte
-	module := newELF(200)
-	for c := range suffixes {
-		packed := pack(t, c, module)
-		all = append(all, packed, sign(t, s, packed, kmod.Options{}))
+	for _, module := range [][]byte{newELF(200), compiled(t)} {
+		for _, c := range []kmod.Compression{kmod.Plain, kmod.XZ, kmod.Zstd, kmod.Gzip} {
+			packed := pack(t, c, module)
+			all = append(all, packed, sign(t, s, packed, kmod.Options{}))
+		}
 	}
-	big := bytes.Clone(module)
+	big := newELF(200)
 	big[5] = 2 // big-endian: e_type 0x0100, refused
 	all = append(all, big, put(big, 16, 0, 1))
-	if len(all) != 10 {
-		t.Fatalf("got %d seeds, want 10", len(all))
+	if len(all) != 18 {
+		t.Fatalf("got %d seeds, want 18", len(all))
 	}
 	return all
 }
 
-// check asserts what holds for any input: no panic; if the signer was asked, the result verifies.
-func check(t testing.TB, s subject, b []byte) {
+// check asserts what holds for any input: no panic; if the signer was asked, the result verifies. It returns what is
+// wrong with the input.
+func check(t testing.TB, s subject, b []byte) error {
 	t.Helper()
+	_, err := verify(b, s.cert)
+	if err != nil && !errors.Is(err, kmod.ErrMalformed) && !errors.Is(err, kmod.ErrNotSigned) && !errors.Is(err, cms.ErrMalformed) &&
+		!errors.Is(err, cms.ErrBadSignature) && !errors.Is(err, cms.ErrUnsupported) {
+		t.Errorf("Verify: got %v", err)
+	}
 	s.calls = 0
 	var out bytes.Buffer
-	err := kmod.Sign(&out, bytes.NewReader(b), int64(len(b)), s, kmod.Options{Certificate: s.cert, Replace: true})
+	err = kmod.Sign(&out, bytes.NewReader(b), int64(len(b)), s, kmod.Options{Certificate: s.cert, Replace: true})
 	if err != nil {
 		if !errors.Is(err, kmod.ErrMalformed) || s.calls != 0 || out.Len() != 0 {
 			t.Errorf("got %v, %d calls and %d bytes, want ErrMalformed", err, s.calls, out.Len())
 		}
-		return
+		return err
 	}
 	_, err = verify(out.Bytes(), s.cert)
-	if err != nil {
-		t.Errorf("what was signed does not verify: %v", err)
+	if err != nil || s.calls != 1 {
+		t.Errorf("what was signed does not verify: %v, %d calls", err, s.calls)
 	}
+	return nil
+}
+
+// damage changes a module at its end, where the trailer is, and the end of what is packed.
+func damage(r *rand.Rand, seed []byte) []byte {
+	b := bytes.Clone(seed)
+	from := max(0, len(b)-100)
+	b[from+r.IntN(len(b)-from)] ^= byte(1 + r.IntN(255))
+	return b
 }
 
 func TestMutations(t *testing.T) {
-	s := newSubject(t, "p256")
-	all := seeds(t, s)
-	r := rand.New(rand.NewPCG(1, 2))
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	refused := 0
-	for range 10000 {
-		b := bytes.Clone(all[r.IntN(len(all))])
-		switch r.IntN(3) {
-		case 0:
-			b = b[:r.IntN(len(b))]
-		case 1:
-			binary.LittleEndian.PutUint32(b[r.IntN(len(b)-4):], r.Uint32())
-		default:
-			from := max(0, len(b)-100) // where the trailer is, and the end of what is packed
-			b[from+r.IntN(len(b)-from)] ^= byte(1 + r.IntN(255))
-		}
-		_, err := kmod.Inspect(bytes.NewReader(b), int64(len(b)))
-		if err != nil {
-			refused++
-		}
-		if r.IntN(20) == 0 || err != nil && r.IntN(4) == 0 {
-			check(t, s, b)
-		}
-	}
-	runtime.ReadMemStats(&after)
-	if per := (after.TotalAlloc - before.TotalAlloc) / 10000; per > 8<<20 {
-		t.Errorf("%d KiB allocated per input", per>>10)
-	}
-	if refused < 1000 || refused == 10000 {
-		t.Errorf("%d of 10000 refused: the mutations do not do what they should", refused)
-	}
+	hostiletest.Run(t, func(t *testing.T) hostiletest.Files {
+		s := newSubject(t, "p256")
+		return hostiletest.Files{Seeds: seeds(t, s), Mutate: damage, Try: func(t testing.TB, _, b []byte) error { return check(t, s, b) }}
+	})
 }
 
 func FuzzSign(f *testing.F) {
@@ -260,5 +307,5 @@ func FuzzSign(f *testing.F) {
 	for _, b := range seeds(f, s) {
 		f.Add(b)
 	}
-	f.Fuzz(func(t *testing.T, b []byte) { check(t, s, b) })
+	f.Fuzz(func(t *testing.T, b []byte) { _ = check(t, s, b) })
 }

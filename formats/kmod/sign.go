@@ -120,7 +120,8 @@ func (m module) scan(h hash.Hash, layers int) (contents, error) {
 // rewrite writes the module without its signatures and with trailer, packed as it was, and checks with h that it is
 // the module that was signed.
 func (m module) rewrite(w io.Writer, c contents, h hash.Hash, trailer []byte) error {
-	out, err := m.comp.pack(w)
+	m.room = min(m.room, c.size+int64(tailSize)) // it is known now
+	out, err := m.comp.pack(w, c.size)
 	if err != nil {
 		return fmt.Errorf("packing the module: %w", err)
 	}

@@ -28,6 +28,12 @@ func Inspect(file io.ReaderAt, size int64) (Info, error) {
 	return Info{m.comp, c.size, c.signature}, nil
 }
 
+// CompressionOf tells from its first bytes how a module is packed. It fails with ErrMalformed if they are not a module's.
+func CompressionOf(file io.ReaderAt, size int64) (Compression, error) {
+	m, err := newModule(file, size)
+	return m.comp, err
+}
+
 // Recognize reports whether a file starts as a relocatable ELF file, packed or not. That is all that can be said
 // without reading it to the end: a compiler's .o files look the same.
 func Recognize(file io.ReaderAt, size int64) bool {

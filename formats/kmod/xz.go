@@ -16,8 +16,8 @@ import (
 	"github.com/ulikunitz/xz/lzma"
 )
 
-// maxDictionary bounds the memory of unpacking. modules_install uses 1 MiB with xz, and xz -6 has 8 MiB.
-const maxDictionary = 16 << 20
+// maxDictionary bounds the memory of unpacking. modules_install uses 1 MiB with xz; xz -6 and zstd -19 have 8 MiB.
+const maxDictionary = 8 << 20
 
 // maxBlocks bounds what is remembered of an xz file for its index.
 const maxBlocks = 4096
@@ -26,6 +26,7 @@ const maxBlocks = 4096
 // block header claims, up to 4 GiB. Section numbers are those of The .xz File Format 1.2.
 type xzReader struct {
 	in      countingReader
+	room    int64 // what the file can unpack to
 	flags   [2]byte
 	started bool
 	err     error
@@ -37,9 +38,14 @@ type xzReader struct {
 	want    [2]int64      // compressed and uncompressed size in the block header; -1: not there
 	data    int64         // where the block's compressed data starts
 	records [][2]uint64   // for the index
+
+	total        int64 // unpacked of the blocks before
+	dictionaries int64 // sum of their sizes, and of the block's
 }
 
-func newXZReader(r *bufio.Reader) *xzReader { return &xzReader{in: countingReader{r: r}} }
+func newXZReader(r *bufio.Reader, room int64) *xzReader {
+	return &xzReader{in: countingReader{r: r}, room: room}
+}
 
 // countingReader counts what is read, and is an io.ByteReader: package lzma reads no further than it must.
 type countingReader struct {
@@ -178,14 +184,30 @@ func (x *xzReader) blockHeader(b []byte) error {
 			return errors.New("xz: padding of a block header")
 		}
 	}
-	dict := uint64(2|filter[2]&1) << (filter[2]/2 + 11)
-	if dict > maxDictionary {
-		return fmt.Errorf("xz: dictionary of %d bytes, over %d", dict, maxDictionary)
-	}
-	x.data, x.written = x.in.n, 0
+	dict := int64(2|filter[2]&1) << (filter[2]/2 + 11)
+	x.data, x.total, x.written = x.in.n, x.total+x.written, 0
 	if x.sum != nil {
 		x.sum.Reset()
 	}
+	return x.startBlock(dict)
+}
+
+// startBlock allocates a dictionary: what the header says, but no more than there can be to look back at.
+func (x *xzReader) startBlock(dict int64) error {
+	dict = min(dict, x.room)
+	if x.want[1] >= 0 {
+		dict = min(dict, x.want[1])
+	}
+	dict = max(dict, lzma.MinDictCap)
+	if dict > maxDictionary {
+		return fmt.Errorf("xz: dictionary of %d bytes, over %d", dict, maxDictionary)
+	}
+	// Small blocks with large dictionaries cost the time of clearing them.
+	x.dictionaries += dict
+	if x.dictionaries > x.total+maxDictionary+maxBlocks*lzma.MinDictCap {
+		return errors.New("xz: blocks that are smaller than their dictionaries")
+	}
+	var err error
 	x.block, err = lzma.Reader2Config{DictCap: int(dict)}.NewReader2(&x.in)
 	return err
 }

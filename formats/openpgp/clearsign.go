@@ -4,17 +4,17 @@ import (
 	"bufio"
 	"bytes"
 	"crypto"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 )
 
-// MaxClearText is the longest text ClearSign takes, in bytes. Debian's largest InRelease has some hundred kilobytes.
-const MaxClearText = 64 << 20
-
 // maxClearLine is the longest line, line end included. gpg 2.2.40 signs only the first 19995 bytes of a longer one, with
 // a warning, and finds a good signature over one of 20000 bytes, dash escape included, BAD.
 const maxClearLine = 19994
+
+var crlf = []byte("\r\n")
 
 // hashNames are the values of the Hash armor header (section 9.5).
 var hashNames = map[crypto.Hash]string{crypto.SHA256: "SHA256", crypto.SHA384: "SHA384", crypto.SHA512: "SHA512"}
@@ -23,9 +23,10 @@ var hashNames = map[crypto.Hash]string{crypto.SHA256: "SHA256", crypto.SHA384: "
 // their blanks and line ends in the output, are hashed without trailing blanks and with CRLF between them, and the last
 // line end is not hashed. o.Armor is ignored.
 //
-// The whole text is kept in memory, at most MaxClearText of it, because it comes before its signature and nothing is
-// written unless that verified. A text whose lines verifiers would not read alike is refused with ErrMalformed.
-func ClearSign(w io.Writer, message io.Reader, key Key, signer crypto.Signer, o SignOptions) error {
+// The message is read twice, from where it stands and a line at a time: for the signature, and when that has been
+// verified for the output. If it has changed in between the error is ErrChanged, and what was written is to be thrown
+// away, as after an error of w. A text whose lines verifiers would not read alike is refused with ErrMalformed.
+func ClearSign(w io.Writer, message io.ReadSeeker, key Key, signer crypto.Signer, o SignOptions) error {
 	err := key.holds(signer)
 	if err != nil {
 		return err
@@ -34,10 +35,12 @@ func ClearSign(w io.Writer, message io.Reader, key Key, signer crypto.Signer, o 
 	if err != nil {
 		return err
 	}
-	var out bytes.Buffer
-	// The Hash header is for verifiers of RFC 4880, which assume MD5 without it (its section 7).
-	fmt.Fprintf(&out, "-----BEGIN PGP SIGNED MESSAGE-----\nHash: %s\n\n", hashNames[sig.HashFunc()])
-	err = clearText(&out, sig, message)
+	start, err := message.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return fmt.Errorf("reading the text: %w", err)
+	}
+	before := sha256.New()
+	err = clearText(bufio.NewWriter(io.Discard), io.MultiWriter(sig, before), message)
 	if err != nil {
 		return fmt.Errorf("clear-signing: %w", err)
 	}
@@ -45,21 +48,34 @@ func ClearSign(w io.Writer, message io.Reader, key Key, signer crypto.Signer, o 
 	if err != nil {
 		return err
 	}
-	err = Armor(&out, BlockSignature, pkt)
+	_, err = message.Seek(start, io.SeekStart)
 	if err != nil {
-		return err
+		return fmt.Errorf("reading the text: %w", err)
 	}
-	_, err = w.Write(out.Bytes())
+	out := bufio.NewWriterSize(w, 64<<10)
+	// The Hash header is for verifiers of RFC 4880, which assume MD5 without it (its section 7).
+	fmt.Fprintf(out, "-----BEGIN PGP SIGNED MESSAGE-----\nHash: %s\n\n", hashNames[sig.HashFunc()])
+	after := sha256.New()
+	err = clearText(out, after, message)
+	if err != nil {
+		return fmt.Errorf("clear-signing: %w", err)
+	}
+	if !bytes.Equal(before.Sum(nil), after.Sum(nil)) {
+		return ErrChanged
+	}
+	err = Armor(out, BlockSignature, pkt)
+	if err == nil {
+		err = out.Flush()
+	}
 	if err != nil {
 		return fmt.Errorf("writing the signed text: %w", err)
 	}
 	return nil
 }
 
-// clearText writes the dash-escaped message to out and what is signed of it to hash.
-func clearText(out *bytes.Buffer, hash io.Writer, message io.Reader) error {
-	r := bufio.NewReaderSize(io.LimitReader(message, MaxClearText+1), maxClearLine)
-	total := 0
+// clearText writes the dash-escaped message to out, whose errors stay in it, and what is signed of it to hash.
+func clearText(out *bufio.Writer, hash io.Writer, message io.Reader) error {
+	r := bufio.NewReaderSize(message, maxClearLine)
 	for n := 1; ; n++ {
 		line, err := r.ReadSlice('\n')
 		if err != nil && err != io.EOF && !errors.Is(err, bufio.ErrBufferFull) {
@@ -67,10 +83,6 @@ func clearText(out *bytes.Buffer, hash io.Writer, message io.Reader) error {
 		}
 		if errors.Is(err, bufio.ErrBufferFull) {
 			return fmt.Errorf("%w: line %d is over %d bytes", ErrMalformed, n, maxClearLine)
-		}
-		total += len(line)
-		if total > MaxClearText {
-			return fmt.Errorf("%w: text over %d bytes", ErrMalformed, MaxClearText)
 		}
 		if err == io.EOF && len(line) == 0 && n > 1 {
 			return nil
@@ -88,8 +100,8 @@ func clearText(out *bytes.Buffer, hash io.Writer, message io.Reader) error {
 }
 
 // clearLine handles one line, with its line end if it has one.
-func clearLine(out *bytes.Buffer, hash io.Writer, line []byte, first bool) error {
-	text := trimLine(bytes.TrimSuffix(line, []byte("\n"))) // section 7.2
+func clearLine(out *bufio.Writer, hash io.Writer, line []byte, first bool) error {
+	text := trimLine(line) // section 7.2
 	// A carriage return is a line end to some verifiers and part of the text to others (gpg 2.2 strips a row of
 	// them at the end of a line, go-crypto one).
 	if bytes.ContainsRune(text, '\r') {
@@ -101,7 +113,7 @@ func clearLine(out *bytes.Buffer, hash io.Writer, line []byte, first bool) error
 	}
 	out.Write(line)
 	if !first {
-		_, err := io.WriteString(hash, "\r\n")
+		_, err := hash.Write(crlf)
 		if err != nil {
 			return err
 		}

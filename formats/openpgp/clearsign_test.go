@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -112,9 +114,10 @@ func checkClear(t testing.TB, s subject, text string, message []byte) {
 	if err != nil || info.Type != openpgp.SigText || info.Signer != s.key.Fingerprint {
 		t.Errorf("go-crypto verifies: %+v, %v", info, err)
 	}
-	got, info, err := openpgp.VerifyClear(s.parsed(t), bytes.NewReader(message))
-	if err != nil || string(got) != canonical(text) || info.Signer != s.key.Fingerprint {
-		t.Errorf("VerifyClear: %q, %+v, %v", got, info, err)
+	var got strings.Builder
+	info, err = openpgp.VerifyClear(s.parsed(t), bytes.NewReader(message), &got)
+	if err != nil || got.String() != canonical(text) || info.Signer != s.key.Fingerprint {
+		t.Errorf("VerifyClear: %q, %+v, %v", got.String(), info, err)
 	}
 }
 
@@ -131,14 +134,13 @@ func TestClearSignRefuses(t *testing.T) {
 	s := newSubject(t, ed, true)
 	tests := []struct {
 		name string
-		text io.Reader
+		text io.ReadSeeker
 	}{
 		{"line too long", strings.NewReader("a\n" + strings.Repeat("x", 19994) + "\n")},
 		{"last line too long", strings.NewReader(strings.Repeat("x", 19994))},
 		{"return inside a line", strings.NewReader("a\rb\n")},
 		{"returns in a row", strings.NewReader("a\r\r\n")},
 		{"return before blanks", strings.NewReader("a\r \n")},
-		{"text too long", &repeat{line: []byte("0123456789\n"), left: openpgp.MaxClearText + 1}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -153,6 +155,88 @@ func TestClearSignRefuses(t *testing.T) {
 			}
 		})
 	}
+}
+
+// changing is a text that is another when it is read again.
+type changing struct{ *strings.Reader }
+
+func (c changing) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekStart {
+		c.Reset("another\n")
+	}
+	return c.Reader.Seek(offset, whence)
+}
+
+func TestClearSignChanged(t *testing.T) {
+	s := newSubject(t, ed, true)
+	err := openpgp.ClearSign(io.Discard, changing{strings.NewReader("a text\n")}, s.key, s.signer, openpgp.SignOptions{})
+	if !errors.Is(err, openpgp.ErrChanged) {
+		t.Errorf("got %v, want ErrChanged", err)
+	}
+	broken := errors.New("disk full")
+	err = openpgp.ClearSign(brokenWriter{broken}, strings.NewReader("a text\n"), s.key, s.signer, openpgp.SignOptions{})
+	if !errors.Is(err, broken) {
+		t.Errorf("got %v, want %v", err, broken)
+	}
+}
+
+type brokenWriter struct{ err error }
+
+func (w brokenWriter) Write([]byte) (int, error) { return 0, w.err }
+
+// endless is a text of many lines, which takes no memory.
+type endless struct{ size, at int64 }
+
+func (e *endless) Read(p []byte) (int, error) {
+	const line = "-0123456789abcdef 0123456789abcdef 0123456789abcdef 0123456789\n"
+	if e.at == e.size {
+		return 0, io.EOF
+	}
+	n := 0
+	for n < len(p) && e.at < e.size {
+		p[n] = line[e.at%int64(len(line))]
+		n, e.at = n+1, e.at+1
+	}
+	return n, nil
+}
+
+func (e *endless) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekStart {
+		e.at = offset
+	}
+	return e.at, nil
+}
+
+// A text of 64 MiB is signed, and verified, without memory for it.
+func TestClearConstantMemory(t *testing.T) {
+	s := newSubject(t, ed, true)
+	const size = 64 << 20
+	f, err := os.Create(filepath.Join(t.TempDir(), "message.asc"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	err = openpgp.ClearSign(f, &endless{size: size}, s.key, s.signer, openpgp.SignOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Seek(0, io.SeekStart)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = openpgp.VerifyClear(s.parsed(t), f, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 8<<20 {
+		t.Errorf("%d KiB allocated", n>>10)
+	}
+	g := newGPG(t)
+	g.must(s.cert, "--import")
+	gpgVerify(t, g, s, s.hash, f.Name())
 }
 
 // A change of what is signed is found; a change of trailing blanks is none.
@@ -181,7 +265,7 @@ func TestClearSignTamper(t *testing.T) {
 			if (err == nil) != tt.good {
 				t.Errorf("gpg --verify: %v, want good %t", err, tt.good)
 			}
-			_, _, err = openpgp.VerifyClear(s.parsed(t), bytes.NewReader(changed))
+			_, err = openpgp.VerifyClear(s.parsed(t), bytes.NewReader(changed), nil)
 			if (err == nil) != tt.good || err != nil && !errors.Is(err, openpgp.ErrBadSignature) {
 				t.Errorf("VerifyClear: %v, want good %t", err, tt.good)
 			}
@@ -198,20 +282,24 @@ func TestVerifyClearStrict(t *testing.T) {
 		"text after":   append(bytes.Clone(message), "unsigned\n"...),
 		"second":       append(bytes.Clone(message), message...),
 		"no signature": []byte("signed\n"),
+		"long line":    bytes.Replace(message, []byte("signed"), bytes.Repeat([]byte("x"), 40000), 1),
+		"long armor":   bytes.Replace(message, []byte("\n-----END"), append(bytes.Repeat([]byte("A"), 70000), "\n-----END"...), 1),
+		"headers only": message[:bytes.Index(message, []byte("\n\n"))],
 		"empty":        nil,
 		"cut":          message[:len(message)-30],
 		"unescaped":    bytes.Replace(message, []byte("signed"), []byte("-signed"), 1),
 		"other value":  bytes.Replace(message, []byte("Hash: "), []byte("Hash: pay now, "), 1),
 		"other header": bytes.Replace(message, []byte("Hash: "), []byte("Comment: x\nHash: "), 1),
 	} {
-		text, _, err := openpgp.VerifyClear(s.parsed(t), bytes.NewReader(changed))
-		if err == nil || text != nil {
-			t.Errorf("%s: got %q, %v, want an error", name, text, err)
+		_, err := openpgp.VerifyClear(s.parsed(t), bytes.NewReader(changed), nil)
+		if !errors.Is(err, openpgp.ErrMalformed) {
+			t.Errorf("%s: got %v, want ErrMalformed", name, err)
 		}
 	}
-	text, _, err := openpgp.VerifyClear(s.parsed(t), bytes.NewReader(append(message, "\r\n\n"...)))
-	if err != nil || string(text) != "signed" {
-		t.Errorf("newlines after: got %q, %v", text, err)
+	var text strings.Builder
+	_, err := openpgp.VerifyClear(s.parsed(t), bytes.NewReader(append(message, "\r\n\n"...)), &text)
+	if err != nil || text.String() != "signed" {
+		t.Errorf("newlines after: got %q, %v", text.String(), err)
 	}
 }
 
@@ -223,9 +311,10 @@ func TestVerifyClearPeers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			text, _, err := openpgp.VerifyClear(c, bytes.NewReader(read(t, path)))
-			if err != nil || string(text) != canonical(gpgSigned) {
-				t.Errorf("got %q, %v", text, err)
+			var text strings.Builder
+			_, err = openpgp.VerifyClear(c, bytes.NewReader(read(t, path)), &text)
+			if err != nil || text.String() != canonical(gpgSigned) {
+				t.Errorf("got %q, %v", text.String(), err)
 			}
 		})
 	}

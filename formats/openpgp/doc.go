@@ -8,6 +8,7 @@
 //
 //  1. No byte reaches the caller's writer before the signature was checked: the finished packet is parsed by
 //     github.com/ProtonMail/go-crypto, another implementation, and verified with the public key.
+//     Memory does not depend on the size of what is signed or verified.
 //  2. An error of the signer comes back wrapped, never replaced, and nothing was written.
 //  3. Only SHA-256, SHA-384 and SHA-512 are signed, and never a digest shorter than the curve's order.
 //  4. No subpacket is marked critical: rpm 4.18 refuses a certificate with a critical embedded signature.
@@ -49,6 +50,9 @@ var (
 
 	// ErrBadSignature says that a message carries no valid signature by the certificate.
 	ErrBadSignature = errors.New("bad signature")
+
+	// ErrChanged says that a text changed while it was being signed.
+	ErrChanged = errors.New("text changed while it was signed")
 
 	// ErrMalformed says that input is not what it should be: not OpenPGP, truncated, or over a limit.
 	ErrMalformed = errors.New("malformed input")

@@ -108,3 +108,50 @@ func FuzzVerifyDetached(f *testing.F) {
 		}
 	})
 }
+
+// clearSeeds are clear-signed messages of the peers and of ours, with the certificates that they are by.
+func clearSeeds(t testing.TB) (messages [][]byte, certs []*openpgp.Certificate) {
+	t.Helper()
+	for _, path := range captures(t, "*-clear.asc", 4) {
+		c, err := openpgp.ParseCertificate(read(t, strings.TrimSuffix(path, "-clear.asc")+".asc"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages, certs = append(messages, read(t, path)), append(certs, c)
+	}
+	s := newSubject(t, ed, true)
+	for _, tt := range clearTexts {
+		if len(tt.text) < 1000 {
+			messages, certs = append(messages, clearSign(t, s, tt.text)), append(certs, s.parsed(t))
+		}
+	}
+	return messages, certs
+}
+
+// verifyClear asserts what holds for any message: what verifies is a text that, signed again, verifies as the same.
+func verifyClear(t testing.TB, c *openpgp.Certificate, message []byte, again subject) error {
+	t.Helper()
+	var text bytes.Buffer
+	_, err := openpgp.VerifyClear(c, bytes.NewReader(message), &text)
+	if err != nil {
+		if !errors.Is(err, openpgp.ErrBadSignature) && !errors.Is(err, openpgp.ErrMalformed) {
+			t.Errorf("VerifyClear: got %v", err)
+		}
+		return err
+	}
+	var second bytes.Buffer
+	_, err = openpgp.VerifyClear(again.parsed(t), bytes.NewReader(clearSign(t, again, text.String()+"\n")), &second)
+	if err != nil || second.String() != text.String() {
+		t.Errorf("the text %q came back as %q, %v", text.String(), second.String(), err)
+	}
+	return nil
+}
+
+func FuzzVerifyClear(f *testing.F) {
+	messages, certs := clearSeeds(f)
+	for i, m := range messages {
+		f.Add(uint8(i), m)
+	}
+	s := newSubject(f, ed, true)
+	f.Fuzz(func(t *testing.T, i uint8, message []byte) { _ = verifyClear(t, certs[int(i)%len(certs)], message, s) })
+}

@@ -328,16 +328,26 @@ type failAfter struct{ err error }
 
 func (f failAfter) Read([]byte) (int, error) { return 0, f.err }
 
+// rewound is a reader that says that it can be read again.
+type rewound struct{ io.Reader }
+
+func (rewound) Seek(int64, int) (int64, error) { return 0, nil }
+
 func TestReaderError(t *testing.T) {
 	s := newSubject(t, ed, true)
 	cause := errors.New("disk: I/O error")
-	for name, sign := range map[string]func(io.Writer, io.Reader, openpgp.Key, crypto.Signer, openpgp.SignOptions) error{
-		"DetachSign": openpgp.DetachSign, "ClearSign": openpgp.ClearSign,
+	for name, sign := range map[string]func(io.Writer, io.Reader, crypto.Signer) error{
+		"DetachSign": func(w io.Writer, r io.Reader, c crypto.Signer) error {
+			return openpgp.DetachSign(w, r, s.key, c, openpgp.SignOptions{})
+		},
+		"ClearSign": func(w io.Writer, r io.Reader, c crypto.Signer) error {
+			return openpgp.ClearSign(w, rewound{r}, s.key, c, openpgp.SignOptions{})
+		},
 	} {
 		var out bytes.Buffer
 		c := &countingSigner{Signer: s.signer}
 		r := io.MultiReader(strings.NewReader("half a li"), failAfter{cause})
-		err := sign(&out, r, s.key, c, openpgp.SignOptions{})
+		err := sign(&out, r, c)
 		if !errors.Is(err, cause) || out.Len() != 0 || c.calls != 0 {
 			t.Errorf("%s: got %v, %d bytes, %d calls, want %v and none", name, err, out.Len(), c.calls, cause)
 		}

@@ -17,6 +17,10 @@ import (
 // copyBuffer is what the payload is read through.
 const copyBuffer = 256 << 10
 
+// maxMD5 is how long a payload may be, in bytes, for its MD5 to be looked at beside a better digest. All that is found by
+// it is damage of its own 16 bytes.
+const maxMD5 = 16 << 20
+
 // payloadHashes are the algorithms of PAYLOADDIGESTALGO, by OpenPGP's numbers, that this package takes: those that a
 // signature over the header may rest on.
 var payloadHashes = map[uint64]func() hash.Hash{
@@ -49,7 +53,8 @@ func (d hasher) check() error {
 // CheckDigests checks the package against the sizes and digests that it carries. With payload the payload is read, once;
 // without, only its length is checked. It fails with ErrDigest if one is wrong, and with ErrNoDigest if there is none.
 //
-// MD5 and SHA-1 are looked at only for want of better: they find damage, not forgery, and MD5 would be the slowest.
+// MD5 and SHA-1 prove nothing, but rpm refuses a package whose SHA-1 or MD5 is wrong, so one is not to be signed. MD5,
+// which is over header and payload and slower than all others, is looked at up to maxMD5, and beyond for want of better.
 func (p *Package) CheckDigests(payload bool) error { return p.check(payload, nil) }
 
 // check is CheckDigests. also is written the header and the payload besides.
@@ -149,15 +154,11 @@ func (p *Package) headerDigests() ([]hasher, error) {
 		name string
 		tag  uint32
 		new  func() hash.Hash
-		weak bool
 	}{
-		{"SHA3-256 of the header", tagSHA3, newSHA3, false},
-		{"SHA-256 of the header", tagSHA256, sha256.New, false},
-		{"SHA-1 of the header", tagSHA1, sha1.New, true},
+		{"SHA3-256 of the header", tagSHA3, newSHA3},
+		{"SHA-256 of the header", tagSHA256, sha256.New},
+		{"SHA-1 of the header", tagSHA1, sha1.New},
 	} {
-		if d.weak && len(list) > 0 {
-			break
-		}
 		text, err := p.sig.text(d.tag)
 		if err != nil {
 			return nil, err
@@ -175,8 +176,8 @@ func (p *Package) headerDigests() ([]hasher, error) {
 	return list, nil
 }
 
-// payloadDigests are those over the payload, from the main header; where there is none, MD5 over header and payload from
-// the signature header.
+// payloadDigests are those over the payload, from the main header, and MD5 over header and payload, from the signature
+// header, where it is alone or cheap.
 func (p *Package) payloadDigests() ([]hasher, error) {
 	h := p.Header.h
 	var list []hasher
@@ -215,14 +216,14 @@ func (p *Package) payloadDigests() ([]hasher, error) {
 		}
 		list = append(list, sum)
 	}
-	if len(list) > 0 {
-		return list, nil
-	}
 	sum, err := p.sig.typed(tagMD5, typeBin)
-	if err != nil || sum == nil {
+	if err != nil {
 		return nil, err
 	}
-	return []hasher{{name: "MD5 of header and payload", h: md5.New(), want: [][]byte{sum}, whole: true}}, nil
+	if sum != nil && (len(list) == 0 || p.size-p.body <= maxMD5) {
+		list = append(list, hasher{name: "MD5 of header and payload", h: md5.New(), want: [][]byte{sum}, whole: true})
+	}
+	return list, nil
 }
 
 // headerDigest reads a digest in hexadecimal digits. rpm 4 puts it into a list, of one.

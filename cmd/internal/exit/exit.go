@@ -7,6 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -106,6 +109,29 @@ var hints = map[error]string{
 	sigerr.TokenFailed:     "the gateway's log and audit log say what the token answered; `signwardend check` examines it",
 	sigerr.Unauthenticated: "is it the right client profile, and are its address and server_name right? `signwardend client create NAME` makes a new one",
 }
+
+// Line is s as one line of output. Names of files, and what is in them, can hold
+// line ends and a terminal's control sequences: what does not print is escaped.
+func Line(s string) string {
+	if utf8.ValidString(s) && strings.IndexFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) < 0 {
+		return s
+	}
+	q := strconv.Quote(s)
+	return q[1 : len(q)-1]
+}
+
+// OneLine is err with its message as Line has it; nil stays nil.
+func OneLine(err error) error {
+	if err == nil {
+		return nil
+	}
+	return oneLine{err}
+}
+
+type oneLine struct{ err error }
+
+func (o oneLine) Error() string { return Line(o.err.Error()) }
+func (o oneLine) Unwrap() error { return o.err }
 
 // Print writes err as "prog: message" and, where there is one, "hint: what to do".
 func Print(w io.Writer, prog string, err error) {

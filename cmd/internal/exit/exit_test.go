@@ -54,6 +54,30 @@ func TestPrint(t *testing.T) {
 	}
 }
 
+// What a file is called, or holds, does not make lines of its own.
+func TestLine(t *testing.T) {
+	for s, want := range map[string]string{
+		"": "", "plain.rpm": "plain.rpm", `with "quotes" \ and blanks`: `with "quotes" \ and blanks`, "Grüße 日本.rpm": "Grüße 日本.rpm",
+		"a\nsigned b":       `a\nsigned b`,
+		"\x1b[2Jclean":      `\x1b[2Jclean`,
+		"not \xff UTF-8":    `not \xff UTF-8`,
+		"right \u202e left": `right \u202e left`,
+		"tab\tand \r":       `tab\tand \r`,
+	} {
+		if got := exit.Line(s); got != want {
+			t.Errorf("%q: got %q, want %q", s, got, want)
+		}
+	}
+	if exit.OneLine(nil) != nil {
+		t.Error("no error became one")
+	}
+	var b bytes.Buffer
+	exit.Print(&b, "prog", exit.OneLine(fmt.Errorf("a\nprog: b: %w", exit.Hint(sigerr.Denied, "c"))))
+	if got, want := b.String(), "prog: a\\nprog: b: "+sigerr.Denied.Error()+"\nhint: c\n"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // What goes wrong before a command begins is usage; after, it is what it is.
 func TestExecute(t *testing.T) {
 	for _, tt := range []struct {
