@@ -31,6 +31,7 @@ import (
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/assuan"
+	"github.com/signwarden/signwarden/agentproto/lease"
 )
 
 // Keys is what the agent needs of the keys that one peer's principal may use.
@@ -46,6 +47,13 @@ type Keys interface {
 	// what the client says it signs: audited, never decided on. Errors wrap the
 	// sentinels of sigerr. It must return soon after ctx has ended.
 	Sign(ctx context.Context, key string, hash crypto.Hash, digest []byte, note string) ([]byte, error)
+}
+
+// Certified is a Keys that knows X.509 certificates too.
+type Certified interface {
+	// Certificates returns the certificates, in DER, that were issued for the keys that
+	// PublicKeys returns: each key's own, without its issuers'. From memory as well.
+	Certificates(ctx context.Context) (map[string][]byte, error)
 }
 
 const (
@@ -67,8 +75,13 @@ type Config struct {
 	SignTimeout time.Duration // 0: DefaultSignTimeout
 
 	// TrustedRoots are the SHA-1 fingerprints, in hex, of the X.509 roots that
-	// ISTRUSTED says yes to. gpgsm signs only under one of them.
+	// ISTRUSTED says yes to, besides self-signed certificates of the peer's own keys
+	// where its Keys is Certified. gpgsm signs only under one of them. It asks when it
+	// verifies too: whatever such a root has issued is then valid to gpgsm.
 	TrustedRoots []string
+
+	// Lease bounds what all connections together may sign; nil: nothing does.
+	Lease *lease.Lease
 
 	// Logger of refusals and failures, with peer, keygrip and reason; nil discards.
 	Logger *slog.Logger
