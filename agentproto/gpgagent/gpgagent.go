@@ -21,6 +21,9 @@ package gpgagent
 import (
 	"context"
 	"crypto"
+	"crypto/sha1"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -121,6 +124,28 @@ func New(cfg Config) (*Server, error) {
 		s.roots[fpr] = true
 	}
 	return s, nil
+}
+
+// Fingerprints are the SHA-1 fingerprints, in hex, of the certificates in PEM text, as
+// Config.TrustedRoots wants them. Text without a certificate is an error.
+func Fingerprints(text []byte) ([]string, error) {
+	var out []string
+	for {
+		var block *pem.Block
+		block, text = pem.Decode(text)
+		switch {
+		case block == nil && len(out) == 0:
+			return nil, errors.New("it holds no PEM certificate")
+		case block == nil:
+			return out, nil
+		case block.Type != "CERTIFICATE":
+			return nil, fmt.Errorf("it holds a PEM %q, and certificates only are wanted", block.Type)
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			return nil, fmt.Errorf("certificate %d: %w", len(out)+1, err)
+		}
+		out = append(out, keygrip(sha1.Sum(block.Bytes)).String()) // of one form with a fingerprint
+	}
 }
 
 func validVersion(v string) bool {

@@ -9,7 +9,6 @@ import (
 	"crypto/rsa"
 	"fmt"
 	"io"
-	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -164,7 +163,11 @@ func (s *Session) Run(ctx context.Context) {
 		cancel()
 		if ctx.Err() == nil && (err == nil) != reachable {
 			reachable = err == nil
-			s.c.log.Log(ctx, slog.LevelWarn, "listing keys", "reachable", reachable, "error", err)
+			if reachable {
+				s.c.log.Info("the gateway answers again")
+			} else {
+				s.c.log.Warn("the gateway does not answer: the list of keys stays as it was", "error", err)
+			}
 		}
 	}
 }
