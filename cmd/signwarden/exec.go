@@ -39,7 +39,8 @@ signs with the keys you may use, and their certificates. Nothing in your own
 GNUPGHOME is read or changed, and everything is gone when the command has ended.
 Signals are passed on; the exit code is the command's.
 
-Name a key to gpg by its user id, address or fingerprint: signwarden key list.`,
+Name a key to gpg by its user id, address or fingerprint: signwarden key list. gpgsm
+has the X.509 certificates of keys; one that a CA has issued needs its --trusted-root.`,
 		Example: `  signwarden exec -- rpmsign --define '_gpg_name release@example.org' --addsign x.rpm
   signwarden exec -- gpg --detach-sign --local-user release@example.org SHA256SUMS
   signwarden exec -- git tag -s -u release@example.org v1.0`,
@@ -190,13 +191,18 @@ type gnupgHome struct {
 func newGnuPGHome() (*gnupgHome, error) {
 	// A socket's path has 107 bytes at most (unix(7)), and gpg's own sockets have
 	// names of up to 20 in this directory.
-	base := os.TempDir()
+	base, err := filepath.Abs(os.TempDir())
+	if err != nil {
+		return nil, err
+	}
+	hint := "TMPDIR must name a directory that you may write to"
 	if len(base) > maxTempDir {
+		hint = fmt.Sprintf("the path of TMPDIR has %d bytes, too many for the sockets in it, so /tmp was tried; have TMPDIR name a directory of at most %d", len(base), maxTempDir)
 		base = "/tmp"
 	}
 	dir, err := os.MkdirTemp(base, "signwarden-")
 	if err != nil {
-		return nil, fmt.Errorf("making a GNUPGHOME: %w", err)
+		return nil, exit.Hint(fmt.Errorf("making a GNUPGHOME: %w", err), "%s", hint)
 	}
 	h := &gnupgHome{dir: dir}
 	h.env = append(slices.DeleteFunc(os.Environ(), func(v string) bool {
