@@ -42,7 +42,7 @@ type process struct {
 	done chan struct{} // closed when it has ended
 }
 
-// background starts a program that ends well when it is asked to.
+// background starts a program, whose input does not end before the program does.
 func background(t testing.TB, env []string, name string, args ...string) *process {
 	t.Helper()
 	if strings.HasPrefix(name, "signwarden") {
@@ -50,6 +50,9 @@ func background(t testing.TB, env []string, name string, args ...string) *proces
 	}
 	p := &process{cmd: exec.Command(name, args...), log: &output{}, done: make(chan struct{})}
 	p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr = env, p.log, p.log
+	if _, err := p.cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -30,7 +30,11 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/assuan"
@@ -96,7 +100,17 @@ type Server struct {
 	roots map[string]bool // by upper-case hex
 	log   *slog.Logger
 	grips gripCache
+
+	// Who is refused, over and over, must not fill the log.
+	lines *rate.Limiter
+	left  atomic.Int64 // lines that were left out since the last one
 }
+
+// Refusals in the log: so many at once, and then so many a second.
+const (
+	logBurst = 100
+	logRate  = 10
+)
 
 // New checks cfg. The parts of cfg must not change afterwards.
 func New(cfg Config) (*Server, error) {
@@ -115,7 +129,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{cfg: cfg, roots: make(map[string]bool), log: cfg.Logger}
+	s := &Server{cfg: cfg, roots: make(map[string]bool), log: cfg.Logger, lines: rate.NewLimiter(logRate, logBurst)}
 	for _, root := range cfg.TrustedRoots {
 		fpr, ok := parseFingerprint(root)
 		if !ok {
@@ -175,7 +189,10 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn, p agentproto.Peer) {
 		Commands: sess.commands(),
 		Logger:   log,
 	})
-	if err != nil {
+	switch {
+	case errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
+		log.Debug("the client has gone", "err", err) // killed, say: it was told nothing, and hears nothing
+	case err != nil:
 		log.Info("connection ended", "err", err)
 	}
 }
