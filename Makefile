@@ -7,7 +7,7 @@ PURE         = . ./gateway/... ./agentproto/... ./formats/... ./cmd/...
 
 export GOFLAGS += -trimpath
 
-.PHONY: build demo test check bench fuzz deps lint generated generate unit race softhsm clean
+.PHONY: build demo test check bench soak fuzz deps lint generated generate unit race softhsm clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o bin/signwarden ./cmd/signwarden
@@ -28,7 +28,7 @@ deps:
 lint:
 	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags bench ./softhsm-tests
+	$(GO) vet -tags bench,soak ./softhsm-tests
 	$(STATICCHECK) ./...
 	$(GO) test -count=1 -run 'Imports' .
 
@@ -62,6 +62,10 @@ generate: .cache/googleapis
 # Ratios, each measured in one run beside what it is compared with.
 bench: deps
 	$(GO) test -tags bench -count=1 -timeout 60m -run TestBench -v ./softhsm-tests
+
+# Clients of every kind at once, for a minute, some of them killed.
+soak: deps
+	$(GO) test -tags soak -count=1 -timeout 10m -run TestAgentLoad -v ./softhsm-tests
 
 # Each parser for a while: make fuzz FUZZTIME=10m
 FUZZTIME ?= 30s

@@ -163,3 +163,10 @@ func transact(t testing.TB, c *assuan.Client, commands ...string) (assuan.Reply,
 	}
 	return last, 0
 }
+
+// command is a command with the clients' environment, and a home that anybody can read.
+func (g *gateway) command(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command(name, args...)
+	cmd.Env, cmd.Dir = append(append([]string(nil), g.env...), "GNUPGHOME=/nonexistent", "HOME=/"), "/"
+	return cmd
+}

@@ -14,7 +14,6 @@ func TestAgentRPMSign(t *testing.T) {
 	g := newGateway(t)
 	g.key(t, "rel", "rsa4096")
 	db := g.rpmdb(t, "rel")
-	built := buildRPMs(t, 100)
 	for _, tt := range []struct {
 		args []string
 		sigs int // a package
@@ -23,17 +22,11 @@ func TestAgentRPMSign(t *testing.T) {
 		{[]string{"--addsign", "--rpmv3"}, 2},
 	} {
 		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
-			dir := t.TempDir()
-			mustEnv(t, os.Environ(), "cp", append(append([]string(nil), built...), dir)...)
-			files, err := filepath.Glob(dir + "/*.rpm")
-			if err != nil || len(files) != len(built) {
-				t.Fatalf("%d packages, %v", len(files), err)
-			}
+			files := hundredRPMs(t)
 			before := g.audit(t, 1)[0].Row
 			g.must(t, "signwarden", append(append([]string{"exec", "--", "rpmsign", "--define", "_gpg_name rel@example.org"}, tt.args...), files...)...)
-			out := mustEnv(t, os.Environ(), "rpmkeys", append([]string{"--dbpath", db, "-K"}, files...)...)
-			if n := strings.Count(out, "digests signatures OK"); n != len(files) {
-				t.Errorf("rpmkeys -K: %d of %d packages are signed:\n%s", n, len(files), out)
+			if n := signedRPMs(t, db, files); n != len(files) {
+				t.Errorf("rpmkeys -K: %d of %d packages are signed", n, len(files))
 			}
 			if got, want := g.audit(t, 1)[0].Row-before, int64(len(files)*tt.sigs); got != want {
 				t.Errorf("%d audit rows, want %d: one for each signature", got, want)

@@ -44,8 +44,9 @@ type setupDone struct {
 }
 
 type confLine struct {
-	File string `json:"file"`
-	Made bool   `json:"made,omitempty"` // the file was not there
+	File  string `json:"file"`
+	Added string `json:"added"`          // to its end
+	Made  bool   `json:"made,omitempty"` // the file was not there
 }
 
 // setup is one run of agent setup.
@@ -183,15 +184,15 @@ func (s *setup) addLine(name string) error {
 	if hasLine(text) {
 		return nil
 	}
-	if !slices.ContainsFunc(s.done.Lines, func(l confLine) bool { return l.File == name }) {
-		s.done.Lines = append(s.done.Lines, confLine{name, made})
-	}
-	if err := s.note(); err != nil {
-		return err
-	}
 	line := noAutostart + "\n"
 	if len(text) > 0 && text[len(text)-1] != '\n' {
 		line = "\n" + line
+	}
+	if !slices.ContainsFunc(s.done.Lines, func(l confLine) bool { return l.File == name }) {
+		s.done.Lines = append(s.done.Lines, confLine{name, line, made})
+	}
+	if err := s.note(); err != nil {
+		return err
 	}
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
@@ -290,8 +291,8 @@ func (s *setup) remove() error {
 	return os.Remove(s.path(setupRecord))
 }
 
-// removeLine takes the last no-autostart out, and a file that was made and holds
-// nothing else.
+// removeLine takes off what was added, or where somebody has added more since, the
+// last no-autostart; and a file that was made and holds nothing else.
 func (s *setup) removeLine(l confLine) error {
 	file := s.path(l.File)
 	text, err := os.ReadFile(file)
@@ -301,14 +302,17 @@ func (s *setup) removeLine(l confLine) error {
 	if err != nil {
 		return err
 	}
-	lines := strings.SplitAfter(string(text), "\n")
-	for i, line := range slices.Backward(lines) {
-		if strings.TrimSpace(line) == noAutostart {
-			lines = slices.Delete(lines, i, i+1)
-			break
+	rest, last := strings.CutSuffix(string(text), l.Added)
+	if !last {
+		lines := strings.SplitAfter(rest, "\n")
+		for i, line := range slices.Backward(lines) {
+			if strings.TrimSpace(line) == noAutostart {
+				lines = slices.Delete(lines, i, i+1)
+				break
+			}
 		}
+		rest = strings.Join(lines, "")
 	}
-	rest := strings.Join(lines, "")
 	s.say("%s: took %s out", file, noAutostart)
 	if l.Made && rest == "" {
 		return os.Remove(file)
