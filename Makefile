@@ -7,7 +7,7 @@ PURE         = . ./gateway/... ./agentproto/... ./formats/... ./cmd/...
 
 export GOFLAGS += -trimpath
 
-.PHONY: build demo test check bench soak fuzz deps lint generated generate unit race softhsm clean
+.PHONY: build demo test check bench soak interop-trixie fuzz deps lint generated generate unit race softhsm clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o bin/signwarden ./cmd/signwarden
@@ -66,6 +66,10 @@ bench: deps
 # Clients of every kind at once, for a minute, some of them killed.
 soak: deps
 	$(GO) test -tags soak -count=1 -timeout 10m -run TestAgentLoad -v ./softhsm-tests
+
+# The agent with gpg 2.4, rpm 4.20 and sq 1.3, in a Debian 13 tree; wants root and debootstrap.
+interop-trixie: deps build
+	softhsm-tests/interop-trixie.sh
 
 # Each parser for a while: make fuzz FUZZTIME=10m
 FUZZTIME ?= 30s
