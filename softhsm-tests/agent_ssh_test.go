@@ -128,6 +128,26 @@ func TestAgentForwarded(t *testing.T) {
 	nightly.await(t, "the signatures of this socket are spent")
 	other.stop(unix.SIGTERM)
 
+	// The job of docs/OPERATING.md, command for command: a path that does not depend on
+	// /run/user, and a file at gpg's own that leads there.
+	jobSocket := filepath.Join(local, "17", "S")
+	job := g.agentAt(t, jobSocket, "--keys", "nightly", "--lifetime", "1h", "--signatures", "1")
+	script := `set -eu
+ssh() { command ssh -F "$config" "$@"; }
+run=` + filepath.Dir(jobSocket) + ` job=17
+far=$(ssh build "umask 077; cd ` + host.dir + `; mkdir -p jobs/$job; cd jobs/$job; echo no-autostart >gpg.conf; pwd")
+signwarden key export nightly | ssh build "GNUPGHOME=$far gpg --batch --quiet --import"
+ssh -R "$far/S:$run/S" build "
+    export GNUPGHOME=$far
+    gpgconf --create-socketdir 2>/dev/null
+    printf '%%Assuan%%\\nsocket=$far/S\\n' >\"\$(gpgconf --list-dirs agent-socket)\"
+    gpg --batch --yes -u nightly@example.org -o ` + sig + ` --detach-sign ` + file + `"
+`
+	if r := runEnv(t, append(g.env, "config="+host.config), "sh", "-c", script); r.code != 0 {
+		t.Fatalf("the job of the manual: exit code %d:\n%s%s\n%s", r.code, r.stdout, r.stderr, job.log)
+	}
+	mustEnv(t, verify, "gpg", "--batch", "--verify", sig, file)
+
 	// What the agent sees of a forwarded client is ssh.
 	if !strings.Contains(nightly.log.String(), "peer.exe=/usr/bin/ssh") {
 		t.Errorf("the log does not tell the peer:\n%s", nightly.log)
