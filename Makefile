@@ -7,7 +7,7 @@ PURE         = . ./gateway/... ./agentproto/... ./formats/... ./cmd/...
 
 export GOFLAGS += -trimpath
 
-.PHONY: build demo test check chaos bench fuzz deps lint generated generate unit race softhsm clean
+.PHONY: build demo test check chaos soak bench interop-trixie fuzz deps lint generated generate unit race softhsm clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o bin/signwarden ./cmd/signwarden
@@ -28,7 +28,7 @@ deps:
 lint:
 	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags bench,chaos ./softhsm-tests
+	$(GO) vet -tags bench,chaos,soak ./softhsm-tests
 	$(STATICCHECK) ./...
 	$(GO) test -count=1 -run 'Imports' .
 
@@ -66,6 +66,14 @@ chaos: deps
 # Ratios, each measured in one run beside what it is compared with.
 bench: deps
 	$(GO) test -tags bench -count=1 -timeout 60m -run TestBench -v ./softhsm-tests
+
+# Clients of every kind at once, for a minute, some of them killed.
+soak: deps
+	$(GO) test -tags soak -count=1 -timeout 10m -run TestAgentLoad -v ./softhsm-tests
+
+# The agent with gpg 2.4, rpm 4.20 and sq 1.3, in a Debian 13 tree; wants root and debootstrap.
+interop-trixie: deps build
+	softhsm-tests/interop-trixie.sh
 
 # Each parser for a while: make fuzz FUZZTIME=10m
 FUZZTIME ?= 30s

@@ -41,10 +41,12 @@ type Config struct {
 	// if missing, and must be ours or root's, and writable by its owner only.
 	Path string
 
-	// UIDs that may connect; empty means our own effective uid. If it names any
-	// other uid the socket's mode is 0666, and 0600 otherwise: in either case the
-	// uid that the kernel reports decides.
-	UIDs []uint32
+	// UIDs and GIDs that may connect: a peer whose uid is among the one, or whose
+	// effective gid when it connected is among the other. A user's further groups
+	// are not known. Both empty means our own effective uid. If anybody but that
+	// may connect the socket's mode is 0666, and 0600 otherwise: in either case
+	// what the kernel reports decides.
+	UIDs, GIDs []uint32
 
 	MaxConns       int           // 0: DefaultMaxConns
 	MaxConnsPerUID int           // 0: DefaultMaxConnsPerUID
@@ -72,10 +74,33 @@ type Listener struct {
 // Listen creates the socket. A stale socket at the path is replaced; a live one,
 // or another kind of file, is an error.
 func Listen(cfg Config) (*Listener, error) {
+	cfg = cfg.withDefaults()
 	self := uint32(os.Geteuid())
-	cfg.UIDs = slices.Clone(cfg.UIDs)
-	if len(cfg.UIDs) == 0 {
-		cfg.UIDs = []uint32{self}
+	shared := len(cfg.GIDs) > 0 || slices.ContainsFunc(cfg.UIDs, func(uid uint32) bool { return uid != self })
+	sock, err := bindSocket(cfg.Path, shared)
+	if err != nil {
+		return nil, err
+	}
+	return newListener(cfg, sock), nil
+}
+
+// Inherit serves a socket that another program, such as systemd, has bound and
+// listens on, and that outlives this one: its file is left alone, with its mode. The kernel's
+// word on the peer decides here too. Config.Path is not used. f is closed.
+func Inherit(cfg Config, f *os.File) (*Listener, error) {
+	cfg = cfg.withDefaults()
+	sock, err := inheritSocket(f)
+	if err != nil {
+		return nil, err
+	}
+	cfg.Path = sock.path
+	return newListener(cfg, sock), nil
+}
+
+func (cfg Config) withDefaults() Config {
+	cfg.UIDs, cfg.GIDs = slices.Clone(cfg.UIDs), slices.Clone(cfg.GIDs)
+	if len(cfg.UIDs) == 0 && len(cfg.GIDs) == 0 {
+		cfg.UIDs = []uint32{uint32(os.Geteuid())}
 	}
 	if cfg.MaxConns <= 0 {
 		cfg.MaxConns = DefaultMaxConns
@@ -92,11 +117,10 @@ func Listen(cfg Config) (*Listener, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	shared := slices.ContainsFunc(cfg.UIDs, func(uid uint32) bool { return uid != self })
-	sock, err := bindSocket(cfg.Path, shared)
-	if err != nil {
-		return nil, err
-	}
+	return cfg
+}
+
+func newListener(cfg Config, sock *socket) *Listener {
 	return &Listener{
 		cfg:    cfg,
 		sock:   sock,
@@ -104,7 +128,7 @@ func Listen(cfg Config) (*Listener, error) {
 		lines:  rate.NewLimiter(rate.Every(time.Second), 10), // who may not connect must not fill the log
 		conns:  make(map[*conn]Peer),
 		perUID: make(map[uint32]int),
-	}, nil
+	}
 }
 
 // Path is where the socket is.
@@ -198,7 +222,7 @@ func (l *Listener) admit(c *net.UnixConn) (*conn, Peer, bool) {
 		c.Close()
 		return nil, Peer{}, false
 	}
-	if !slices.Contains(l.cfg.UIDs, p.UID) {
+	if !slices.Contains(l.cfg.UIDs, p.UID) && !slices.Contains(l.cfg.GIDs, p.GID) {
 		l.refused("uid not allowed", "peer", p)
 		c.Close()
 		return nil, Peer{}, false

@@ -27,8 +27,9 @@ const (
 // socket is a bound, listening socket and the identity of its file.
 type socket struct {
 	*net.UnixListener
-	path     string
-	dev, ino uint64
+	path      string
+	inherited bool // another program's: its file stays
+	dev, ino  uint64
 }
 
 // bindSocket puts a listening socket at path. shared says that other uids may
@@ -58,6 +59,30 @@ func bindSocket(path string, shared bool) (*socket, error) {
 		return nil, err
 	}
 	return bind(path, shared)
+}
+
+// inheritSocket takes over a descriptor that must be a listening Unix stream
+// socket: anything else would be read from or written to as if it were one.
+func inheritSocket(f *os.File) (*socket, error) {
+	defer f.Close() // FileListener works on a duplicate
+	for _, want := range []struct{ option, value int }{
+		{unix.SO_DOMAIN, unix.AF_UNIX}, {unix.SO_TYPE, unix.SOCK_STREAM}, {unix.SO_ACCEPTCONN, 1},
+	} {
+		got, err := unix.GetsockoptInt(int(f.Fd()), unix.SOL_SOCKET, want.option)
+		if err != nil {
+			return nil, fmt.Errorf("descriptor %d (%s) is no socket: %w", f.Fd(), f.Name(), err)
+		}
+		if got != want.value {
+			return nil, fmt.Errorf("descriptor %d (%s) is not a listening Unix stream socket: use ListenStream with a path", f.Fd(), f.Name())
+		}
+	}
+	ln, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("descriptor %d (%s): %w", f.Fd(), f.Name(), err)
+	}
+	ul := ln.(*net.UnixListener)
+	ul.SetUnlinkOnClose(false)
+	return &socket{UnixListener: ul, path: ul.Addr().String(), inherited: true}, nil
 }
 
 // makeDir makes dir if it is missing and refuses one where others could put
@@ -178,7 +203,9 @@ func bind(path string, shared bool) (*socket, error) {
 // listening. While the socket is open its inode is in use, so an equal inode
 // number means our file: hence first remove, then close.
 func (s *socket) Close() error {
-	s.remove()
+	if !s.inherited {
+		s.remove()
+	}
 	return s.UnixListener.Close()
 }
 

@@ -36,6 +36,22 @@ func (s *Session) PublicKeys(ctx context.Context) (map[string]crypto.PublicKey, 
 	return out, nil
 }
 
+// Certificates returns the X.509 certificates, in DER, of those keys that have
+// one: each key's own, without its issuers'.
+func (s *Session) Certificates(ctx context.Context) (map[string][]byte, error) {
+	all, err := s.g.Keys(ctx, s.p)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string][]byte)
+	for _, k := range all {
+		if k.MaySign && len(k.X509) > 0 {
+			out[k.Name] = k.X509[0]
+		}
+	}
+	return out, nil
+}
+
 // Sign signs a digest by the usual scheme of the key. note is what the client
 // says it signs: recorded, never decided on.
 func (s *Session) Sign(ctx context.Context, key string, hash crypto.Hash, digest []byte, note string) ([]byte, error) {

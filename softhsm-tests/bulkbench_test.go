@@ -23,7 +23,7 @@ func TestBenchHugeRPM(t *testing.T) {
 	g.key(t, "rel", "rsa4096")
 	file := hugeRPM(t)
 	gpg := strings.TrimSpace(mustEnv(t, os.Environ(), "sh", "-c", "command -v gpg"))
-	real := realAgent(t)
+	real := realAgent(t, "rsa4096")
 	// Signed once, so that all that follows signs again; and read once.
 	g.must(t, "signwarden", "sign", "rpm", "--key", "rel", file)
 
@@ -135,7 +135,7 @@ func TestBenchBulkRPM(t *testing.T) {
 	}
 	mustEnv(t, os.Environ(), "sh", "-c", "cat "+dir+"/* >"+filepath.Join(t.TempDir(), "read")) // into the cache
 	gpg := strings.TrimSpace(mustEnv(t, os.Environ(), "sh", "-c", "command -v gpg"))
-	real := realAgent(t)
+	real := realAgent(t, "rsa4096")
 
 	for _, a := range []string{"rsa4096", "p256", "ed25519"} {
 		g.key(t, "k-"+a, a)

@@ -33,11 +33,22 @@ need sign-efi-sig-list efitools efitools
 need fsverity fsverity fsverity-utils
 need veritysetup cryptsetup-bin veritysetup
 need modinfo kmod kmod
+need gpgsm gpgsm gnupg2-smime
+need debsign devscripts devscripts
+need dpkg-buildpackage dpkg-dev dpkg-dev
+need make make make
+need apt-ftparchive apt-utils apt-utils
+need createrepo_c createrepo-c createrepo_c
+need ssh openssh-client openssh-clients
+need systemd-socket-activate systemd systemd
+need nsenter util-linux util-linux
 need xz xz-utils xz
 need zstd zstd zstd
 # The kernel's sign-file: a package named after the kernel's version, found below.
 sign_file() { ls /usr/lib/linux-kbuild-*/scripts/sign-file /usr/src/kernels/*/scripts/sign-file /usr/src/linux-headers-*/scripts/sign-file 2>/dev/null | head -n 1; }
 [ -n "$(sign_file)" ] || { missing_deb="$missing_deb linux-kbuild" missing_rpm="$missing_rpm kernel-devel"; }
+
+[ -x /usr/sbin/sshd ] || { missing_deb="$missing_deb openssh-server" missing_rpm="$missing_rpm openssh-server"; }
 
 [ -n "$missing_deb" ] || exit 0
 if [ "$(id -u)" != 0 ]; then
@@ -45,6 +56,12 @@ if [ "$(id -u)" != 0 ]; then
     echo "hint: install them, or run this as root once" >&2
     exit 1
 fi
+# The tests start an sshd of their own, on loopback. That of the distribution is not to
+# listen because of them, now or after a reboot.
+case $missing_deb in *openssh-server*)
+    systemctl mask ssh.service ssh.socket sshd.service >/dev/null 2>&1 || true
+    echo "install-deps: openssh-server is wanted for its program only; its service is masked (systemctl unmask ssh)" >&2 ;;
+esac
 if command -v apt-get >/dev/null 2>&1; then
     echo "install-deps: installing$missing_deb" >&2
     export DEBIAN_FRONTEND=noninteractive

@@ -2,6 +2,7 @@ package gpgagent
 
 import (
 	"context"
+	"crypto/sha1"
 	"os"
 	"strconv"
 	"strings"
@@ -127,13 +128,27 @@ func (s *session) getInfo(_ context.Context, c *assuan.Conn, args []byte) error 
 	return answer(s, c)
 }
 
-// isTrusted is asked by gpgsm of the root of a certificate that it signs with.
-func (s *session) isTrusted(_ context.Context, c *assuan.Conn, args []byte) error {
+// isTrusted is asked by gpgsm of the root of a certificate that it signs with. Where
+// that is the certificate of a key of the peer's, self-signed, it stands for the key
+// and no more. A root that issues others' certificates must be configured.
+func (s *session) isTrusted(ctx context.Context, c *assuan.Conn, args []byte) error {
 	fpr, valid := parseFingerprint(string(args))
 	if !valid {
 		return parameterError("invalid fingerprint")
 	}
-	if !s.srv.roots[fpr] {
+	trusted := s.srv.roots[fpr]
+	certified, ok := s.keys.(Certified)
+	if !trusted && ok {
+		certs, err := certified.Certificates(ctx)
+		if err != nil {
+			return err
+		}
+		for name, der := range certs {
+			grip := keygrip(sha1.Sum(der)) // of one form with a fingerprint
+			trusted = trusted || s.srv.cfg.Lease.Shows(name) && grip.String() == fpr
+		}
+	}
+	if !trusted {
 		return errNotTrusted
 	}
 	return c.Status("TRUSTLISTFLAG", "relax")

@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/signwarden/signwarden/agentproto/assuan"
+	"github.com/signwarden/signwarden/agentproto/lease"
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
@@ -19,6 +20,7 @@ var (
 	errGeneral        = agentError(1, "General error")
 	errNoSecretKey    = agentError(17, "No secret key")
 	errNotFound       = agentError(27, "Not found")
+	errExhausted      = agentError(33, "Resources exhausted")
 	errNotSupported   = agentError(60, "Not supported")
 	errTimeout        = agentError(62, "Timeout")
 	errConflict       = agentError(70, "Conflicting use")
@@ -31,6 +33,7 @@ var (
 	errLength         = agentError(139, "Invalid length")
 	errNotOperational = agentError(176, "Not operational")
 	errLimit          = agentError(183, "Limit reached")
+	errTicketExpired  = agentError(237, "Ticket expired")
 	errForbidden      = agentError(251, "Forbidden")
 	errDisabled       = agentError(252, "Key disabled")
 	errFalse          = agentError(256, "False")
@@ -75,6 +78,11 @@ func replyTo(err error) *assuan.Error {
 	}
 	e, ok = replies[sigerr.Kind(err)]
 	switch {
+	// Of their kinds, but not what an administrator or a second try can mend.
+	case errors.Is(err, lease.ErrExpired):
+		return errTicketExpired
+	case errors.Is(err, lease.ErrSpent):
+		return errExhausted
 	case ok:
 		return e
 	case errors.Is(err, context.DeadlineExceeded):

@@ -21,16 +21,24 @@ package gpgagent
 import (
 	"context"
 	"crypto"
+	"crypto/sha1"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"strconv"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/assuan"
+	"github.com/signwarden/signwarden/agentproto/lease"
 )
 
 // Keys is what the agent needs of the keys that one peer's principal may use.
@@ -46,6 +54,13 @@ type Keys interface {
 	// what the client says it signs: audited, never decided on. Errors wrap the
 	// sentinels of sigerr. It must return soon after ctx has ended.
 	Sign(ctx context.Context, key string, hash crypto.Hash, digest []byte, note string) ([]byte, error)
+}
+
+// Certified is a Keys that knows X.509 certificates too.
+type Certified interface {
+	// Certificates returns the certificates, in DER, that were issued for the keys that
+	// PublicKeys returns: each key's own, without its issuers'. From memory as well.
+	Certificates(ctx context.Context) (map[string][]byte, error)
 }
 
 const (
@@ -67,8 +82,13 @@ type Config struct {
 	SignTimeout time.Duration // 0: DefaultSignTimeout
 
 	// TrustedRoots are the SHA-1 fingerprints, in hex, of the X.509 roots that
-	// ISTRUSTED says yes to. gpgsm signs only under one of them.
+	// ISTRUSTED says yes to, besides self-signed certificates of the peer's own keys
+	// where its Keys is Certified. gpgsm signs only under one of them. It asks when it
+	// verifies too: whatever such a root has issued is then valid to gpgsm.
 	TrustedRoots []string
+
+	// Lease bounds what all connections together may sign; nil: nothing does.
+	Lease *lease.Lease
 
 	// Logger of refusals and failures, with peer, keygrip and reason; nil discards.
 	Logger *slog.Logger
@@ -80,7 +100,17 @@ type Server struct {
 	roots map[string]bool // by upper-case hex
 	log   *slog.Logger
 	grips gripCache
+
+	// Who is refused, over and over, must not fill the log.
+	lines *rate.Limiter
+	left  atomic.Int64 // lines that were left out since the last one
 }
+
+// Refusals in the log: so many at once, and then so many a second.
+const (
+	logBurst = 100
+	logRate  = 10
+)
 
 // New checks cfg. The parts of cfg must not change afterwards.
 func New(cfg Config) (*Server, error) {
@@ -99,7 +129,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{cfg: cfg, roots: make(map[string]bool), log: cfg.Logger}
+	s := &Server{cfg: cfg, roots: make(map[string]bool), log: cfg.Logger, lines: rate.NewLimiter(logRate, logBurst)}
 	for _, root := range cfg.TrustedRoots {
 		fpr, ok := parseFingerprint(root)
 		if !ok {
@@ -108,6 +138,28 @@ func New(cfg Config) (*Server, error) {
 		s.roots[fpr] = true
 	}
 	return s, nil
+}
+
+// Fingerprints are the SHA-1 fingerprints, in hex, of the certificates in PEM text, as
+// Config.TrustedRoots wants them. Text without a certificate is an error.
+func Fingerprints(text []byte) ([]string, error) {
+	var out []string
+	for {
+		var block *pem.Block
+		block, text = pem.Decode(text)
+		switch {
+		case block == nil && len(out) == 0:
+			return nil, errors.New("it holds no PEM certificate")
+		case block == nil:
+			return out, nil
+		case block.Type != "CERTIFICATE":
+			return nil, fmt.Errorf("it holds a PEM %q, and certificates only are wanted", block.Type)
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			return nil, fmt.Errorf("certificate %d: %w", len(out)+1, err)
+		}
+		out = append(out, keygrip(sha1.Sum(block.Bytes)).String()) // of one form with a fingerprint
+	}
 }
 
 func validVersion(v string) bool {
@@ -137,7 +189,10 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn, p agentproto.Peer) {
 		Commands: sess.commands(),
 		Logger:   log,
 	})
-	if err != nil {
+	switch {
+	case errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
+		log.Debug("the client has gone", "err", err) // killed, say: it was told nothing, and hears nothing
+	case err != nil:
 		log.Info("connection ended", "err", err)
 	}
 }

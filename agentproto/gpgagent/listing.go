@@ -25,6 +25,9 @@ func (s *session) shown(ctx context.Context) (map[keygrip]shownKey, error) {
 	}
 	keys := make(map[keygrip]shownKey, len(pubs))
 	s.srv.grips.each(pubs, func(name string, grip keygrip) {
+		if !s.srv.cfg.Lease.Shows(name) {
+			return
+		}
 		other, taken := keys[grip]
 		if !taken || name < other.name {
 			keys[grip] = shownKey{name, pubs[name]}

@@ -38,19 +38,33 @@ func (s *session) sign(ctx context.Context, c *assuan.Conn, _ []byte) error {
 	if err != nil {
 		return err
 	}
-	sig, err := s.keys.Sign(ctx, key.name, s.hash, bytes.Clone(s.digest), s.note)
-	if err != nil {
-		if sigerr.Kind(err) == nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			err = fmt.Errorf("%w: %w", sigerr.Timeout, err) // whatever a broken-off call said
-		}
-		return fmt.Errorf("signing with %q: %w", key.name, err)
-	}
-	expr, err := sigVal(key.pub, sig)
+	expr, err := s.signature(ctx, key)
 	if err != nil {
 		return fmt.Errorf("signing with %q: %w", key.name, err)
 	}
 	s.log.Debug("signed", "key", key.name, "keygrip", s.grip.String(), "hash", s.hash.String())
 	return c.Data(expr.Bytes())
+}
+
+// signature has the digest signed, if the lease leaves one; what fails costs it none.
+func (s *session) signature(ctx context.Context, key shownKey) (sexp.Expr, error) {
+	giveBack, err := s.srv.cfg.Lease.Take()
+	if err != nil {
+		return sexp.Expr{}, err
+	}
+	sig, err := s.keys.Sign(ctx, key.name, s.hash, bytes.Clone(s.digest), s.note)
+	if err != nil {
+		giveBack()
+		if sigerr.Kind(err) == nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			err = fmt.Errorf("%w: %w", sigerr.Timeout, err) // whatever a broken-off call said
+		}
+		return sexp.Expr{}, err
+	}
+	expr, err := sigVal(key.pub, sig)
+	if err != nil {
+		giveBack()
+	}
+	return expr, err
 }
 
 // checkDigest refuses an ECDSA digest shorter than the curve, as the real agent

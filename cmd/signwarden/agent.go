@@ -4,66 +4,174 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/signwarden/signwarden/agentproto"
-	"github.com/signwarden/signwarden/agentproto/gpgagent"
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/gateway/client"
+	"github.com/signwarden/signwarden/gateway/config"
 )
 
-func (a *app) agentCommand() *cobra.Command {
-	var socket string
-	c := &cobra.Command{
-		Use:   "agent --gpg-socket PATH|auto",
-		Short: "Serve a gpg-agent socket on this host",
-		Long: `agent serves a gpg-agent socket until it is ended: unmodified gpg, rpmsign, git and
-debsign sign through it with the keys that you may use. It answers everything but
-the signing itself from memory. The socket is for your own uid.
+// agentFlags say which sockets to serve.
+type agentFlags struct {
+	gpg    []string // paths and words
+	bounds config.Socket
+	file   string
+	fromFD bool
+}
 
-"auto" is where gpg looks for its agent: gpgconf --list-dirs agent-socket. Put
-"no-autostart" into gpg.conf, so that gpg starts no agent of its own, and import
-the certificates: signwarden key export NAME | gpg --import`,
-		Example: `  signwarden agent --gpg-socket auto`,
-		Args:    cobra.NoArgs,
+func (a *app) agentCommand() *cobra.Command {
+	var f agentFlags
+	c := &cobra.Command{
+		Use:   "agent --gpg-socket PATH|auto|extra",
+		Short: "Serve agent sockets on this host",
+		Long: `agent serves agent sockets until it is ended: unmodified gpg, gpgsm, rpmsign, git and
+debsign sign through them with the keys that you may use. It answers everything but
+the signing itself from memory. The sockets are for your own uid.
+
+"auto" is where gpg looks for its agent, gpgconf --list-dirs agent-socket; "extra" is
+the agent-extra-socket, for forwarding through SSH. signwarden agent setup makes a
+GNUPGHOME ready. A socket can have bounds of its own: which keys it shows, for how long
+it signs, and how often. With --gpg-socket the flags give those of each socket named;
+in the file of --config, or agent.yaml beside the client profile, each entry has its own:
+
+  sockets:
+    - gpg_socket: auto
+    - {gpg_socket: /run/user/1000/jobs/17/S.gpg-agent, keys: ["nightly-*"], lifetime: 2h, signatures: 500}
+
+It starts while the gateway is away too: tools are told "Not operational" until it answers.`,
+		Example: `  signwarden agent --gpg-socket auto
+  signwarden agent --gpg-socket ~/jobs/17/S.gpg-agent --keys 'nightly-*' --lifetime 2h --signatures 500`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			path, err := gpgSocket(socket, os.Environ())
+			all, err := a.sockets(&f)
 			if err != nil {
 				return err
 			}
-			return a.with(func(c *client.Client) error {
-				session, err := c.Session(cmd.Context(), "openpgp")
-				if err != nil {
-					return err
-				}
-				s, err := a.startAgent(session, path)
-				if err != nil {
-					return err
-				}
-				all, _ := session.PublicKeys(cmd.Context())
-				a.say("signwarden: gpg-agent socket %s, %d keys", path, len(all))
-				<-cmd.Context().Done()
-				return s.stop()
-			})
+			return a.with(func(c *client.Client) error { return a.serveAgents(cmd.Context(), c, all) })
 		},
 	}
-	c.Flags().StringVar(&socket, "gpg-socket", "", "path of the socket, or auto")
-	exit.Require(c, "gpg-socket")
+	fl := c.Flags()
+	fl.StringArrayVar(&f.gpg, "gpg-socket", nil, "path of a gpg-agent socket, auto, or extra; more than once")
+	fl.StringArrayVar(&f.bounds.Keys, "keys", nil, "name or glob of keys that the socket shows (default: all that you may sign with)")
+	fl.DurationVar((*time.Duration)(&f.bounds.Lifetime), "lifetime", 0, "how long the socket signs, like 2h (default: no bound)")
+	fl.IntVar(&f.bounds.Signatures, "signatures", 0, "how many signatures the socket gives (default: no bound)")
+	fl.StringArrayVar(&f.bounds.TrustedRoots, "trusted-root", nil, "PEM file with X.509 roots that gpgsm is told to trust")
+	fl.StringVar(&f.file, "config", "", "file of agent sockets")
+	fl.BoolVar(&f.fromFD, "systemd", false, "serve the sockets that systemd passes (LISTEN_FDS)")
+	c.MarkFlagsMutuallyExclusive("gpg-socket", "config")
+	c.MarkFlagsMutuallyExclusive("gpg-socket", "systemd")
+	c.AddCommand(a.agentSetupCommand())
 	return c
 }
 
-// gpgSocket resolves "auto": where gpg, in that environment, looks for its agent.
+// sockets are those that the flags, the file and systemd name.
+func (a *app) sockets(f *agentFlags) ([]socket, error) {
+	var passed map[string]*os.File
+	if f.fromFD {
+		var err error
+		passed, err = passedFiles()
+		if err != nil {
+			return nil, err
+		}
+	}
+	confs, err := a.socketConfigs(f)
+	if err != nil {
+		return nil, err
+	}
+	var all []socket
+	for _, conf := range confs {
+		s := socket{protocol: "gpg", conf: conf}
+		name, isFD := strings.CutPrefix(conf.GPGSocket, config.WordFD)
+		if isFD {
+			s.file = passed[name]
+			delete(passed, name)
+			if s.file == nil {
+				return nil, exit.UsageError("gpg_socket: systemd passes no descriptor named %q: is that the FileDescriptorName of a socket unit, and was --systemd given?", name)
+			}
+		} else if s.path, err = gpgSocket(conf.GPGSocket, os.Environ()); err != nil {
+			return nil, err
+		}
+		all = append(all, s)
+	}
+	// What is passed and not in the file is served without bounds.
+	for name, file := range passed {
+		protocol, _, _ := strings.Cut(name, "-")
+		all = append(all, socket{protocol: protocol, file: file, conf: config.Socket{GPGSocket: config.WordFD + name}})
+	}
+	if len(all) == 0 {
+		return nil, exit.Hint(exit.UsageError("it is not said which sockets to serve"), "--gpg-socket auto, --config FILE or --systemd; see `signwarden agent --help`")
+	}
+	return all, nil
+}
+
+// socketConfigs are what the flags or the file say of sockets. A default file that is
+// not there says nothing.
+func (a *app) socketConfigs(f *agentFlags) ([]config.Socket, error) {
+	var confs []config.Socket
+	for _, path := range f.gpg {
+		s := f.bounds
+		s.GPGSocket = path
+		if err := s.Check(); err != nil {
+			return nil, exit.UsageError("%w", err)
+		}
+		if strings.HasPrefix(path, config.WordFD) {
+			return nil, exit.UsageError("--gpg-socket: %s is for the file of --config", path)
+		}
+		confs = append(confs, s)
+	}
+	if len(confs) > 0 {
+		return confs, nil
+	}
+	if len(f.bounds.Keys) > 0 || f.bounds.Lifetime != 0 || f.bounds.Signatures != 0 || len(f.bounds.TrustedRoots) > 0 {
+		return nil, exit.UsageError("--keys, --lifetime, --signatures and --trusted-root are for --gpg-socket; other sockets have them in a file")
+	}
+	file := f.file
+	if file == "" {
+		profile, err := a.profilePath()
+		if err != nil {
+			return nil, err
+		}
+		file = filepath.Join(filepath.Dir(profile), config.AgentFileName)
+	}
+	conf, err := config.LoadAgent(file)
+	if errors.Is(err, fs.ErrNotExist) && f.file == "" {
+		return nil, nil
+	}
+	return conf.Sockets, err
+}
+
+// serveAgents serves until ctx ends.
+func (a *app) serveAgents(ctx context.Context, c *client.Client, all []socket) error {
+	s, err := a.startSockets(c.OpenSession, all)
+	if err != nil {
+		return err
+	}
+	for _, line := range s.lines {
+		a.say("signwarden: %s", line)
+	}
+	select {
+	case <-ctx.Done():
+	case <-s.failed:
+	}
+	return s.stop()
+}
+
+// gpgSocket resolves the words auto and extra: where gpg, in that environment, looks
+// for its agent, and where its agent would listen for forwarded connections.
 func gpgSocket(path string, env []string) (string, error) {
-	if path != "auto" {
+	dir := map[string]string{config.WordAuto: "agent-socket", config.WordExtra: "agent-extra-socket"}[path]
+	if dir == "" {
 		return filepath.Abs(path)
 	}
-	cmd := exec.Command("gpgconf", "--list-dirs", "agent-socket")
+	cmd := exec.Command("gpgconf", "--list-dirs", dir)
 	cmd.Env = env
 	out, err := cmd.Output()
 	if err != nil {
@@ -72,37 +180,6 @@ func gpgSocket(path string, env []string) (string, error) {
 	}
 	// gpgconf percent-escapes; a path without '%' is as it is.
 	return strings.ReplaceAll(strings.ReplaceAll(strings.TrimSpace(string(out)), "%3a", ":"), "%25", "%"), nil
-}
-
-// served is an agent socket being served, and its session kept fresh.
-type served struct {
-	cancel context.CancelFunc
-	done   chan error
-}
-
-func (a *app) startAgent(session *client.Session, path string) (*served, error) {
-	l, err := agentproto.Listen(agentproto.Config{Path: path, Logger: a.log})
-	if err != nil {
-		return nil, err
-	}
-	srv, err := gpgagent.New(gpgagent.Config{
-		Keys:   func(agentproto.Peer) (gpgagent.Keys, error) { return session, nil },
-		Logger: a.log,
-	})
-	if err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	s := &served{cancel: cancel, done: make(chan error, 2)}
-	go func() { s.done <- l.Serve(ctx, srv.ServeConn) }()
-	go func() { session.Run(ctx); s.done <- nil }()
-	return s, nil
-}
-
-// stop lets what is being signed finish, and removes the socket.
-func (s *served) stop() error {
-	s.cancel()
-	return errors.Join(<-s.done, <-s.done)
 }
 
 // umask returns the process's umask, which can only be read by setting it;

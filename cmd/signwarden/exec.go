@@ -19,6 +19,7 @@ import (
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/formats/openpgp"
 	"github.com/signwarden/signwarden/gateway/client"
+	"github.com/signwarden/signwarden/gateway/config"
 )
 
 // The exit codes that shells and env(1) use.
@@ -29,7 +30,8 @@ const (
 )
 
 func (a *app) execCommand() *cobra.Command {
-	return &cobra.Command{
+	var roots []string
+	c := &cobra.Command{
 		Use:   "exec -- COMMAND [ARG]...",
 		Short: "Run a command whose gpg signs through the gateway",
 		Long: `exec runs a command in a GNUPGHOME of its own, in which gpg finds an agent that
@@ -37,18 +39,21 @@ signs with the keys you may use, and their certificates. Nothing in your own
 GNUPGHOME is read or changed, and everything is gone when the command has ended.
 Signals are passed on; the exit code is the command's.
 
-Name a key to gpg by its user id, address or fingerprint: signwarden key list.`,
+Name a key to gpg by its user id, address or fingerprint: signwarden key list. gpgsm
+has the X.509 certificates of keys; one that a CA has issued needs its --trusted-root.`,
 		Example: `  signwarden exec -- rpmsign --define '_gpg_name release@example.org' --addsign x.rpm
   signwarden exec -- gpg --detach-sign --local-user release@example.org SHA256SUMS
   signwarden exec -- git tag -s -u release@example.org v1.0`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
-			return a.with(func(c *client.Client) error { return a.exec(cmd.Context(), c, argv) })
+			return a.with(func(c *client.Client) error { return a.exec(cmd.Context(), c, roots, argv) })
 		},
 	}
+	c.Flags().StringArrayVar(&roots, "trusted-root", nil, "PEM file with X.509 roots that gpgsm is told to trust")
+	return c
 }
 
-func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err error) {
+func (a *app) exec(ctx context.Context, c *client.Client, roots, argv []string) (err error) {
 	program, err := exec.LookPath(argv[0])
 	if err != nil {
 		a.say("signwarden: %v", err)
@@ -75,10 +80,12 @@ func (a *app) exec(ctx context.Context, c *client.Client, argv []string) (err er
 		return err
 	}
 	defer func() { err = errors.Join(err, home.remove()) }()
-	if err := home.populate(certs); err != nil {
+	if err := home.populate(certs, roots); err != nil {
 		return err
 	}
-	agent, err := a.startAgent(session, home.socket)
+	agent, err := a.startSockets(func(string) *client.Session { return session }, []socket{{
+		protocol: "gpg", path: home.socket, conf: config.Socket{TrustedRoots: roots},
+	}})
 	if err != nil {
 		return err
 	}
@@ -141,13 +148,13 @@ func wait(cmd *exec.Cmd, signals <-chan os.Signal, in *os.File) error {
 	}
 }
 
-// certificates returns the OpenPGP certificates of the keys that we may sign with.
+// certificates returns the keys that we may sign with and that have a certificate.
 func certificates(ctx context.Context, c *client.Client) ([]client.Key, error) {
 	all, err := c.Keys(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return slices.DeleteFunc(all, func(k client.Key) bool { return !k.MaySign || k.OpenPGP == nil }), nil
+	return slices.DeleteFunc(all, func(k client.Key) bool { return !k.MaySign || k.OpenPGP == nil && len(k.X509) == 0 }), nil
 }
 
 // forRPM gives rpm a gpg to run where its own macro names one that is missing:
@@ -184,13 +191,18 @@ type gnupgHome struct {
 func newGnuPGHome() (*gnupgHome, error) {
 	// A socket's path has 107 bytes at most (unix(7)), and gpg's own sockets have
 	// names of up to 20 in this directory.
-	base := os.TempDir()
+	base, err := filepath.Abs(os.TempDir())
+	if err != nil {
+		return nil, err
+	}
+	hint := "TMPDIR must name a directory that you may write to"
 	if len(base) > maxTempDir {
+		hint = fmt.Sprintf("the path of TMPDIR has %d bytes, too many for the sockets in it, so /tmp was tried; have TMPDIR name a directory of at most %d", len(base), maxTempDir)
 		base = "/tmp"
 	}
 	dir, err := os.MkdirTemp(base, "signwarden-")
 	if err != nil {
-		return nil, fmt.Errorf("making a GNUPGHOME: %w", err)
+		return nil, exit.Hint(fmt.Errorf("making a GNUPGHOME: %w", err), "%s", hint)
 	}
 	h := &gnupgHome{dir: dir}
 	h.env = append(slices.DeleteFunc(os.Environ(), func(v string) bool {
@@ -207,15 +219,24 @@ func newGnuPGHome() (*gnupgHome, error) {
 	return h, nil
 }
 
-// populate configures gpg and imports the certificates, trusted: they come from
-// the gateway, over its authenticated connection.
-func (h *gnupgHome) populate(all []client.Key) error {
-	for _, name := range []string{"gpg.conf", "gpgsm.conf"} {
+// populate configures gpg and gpgsm and imports the certificates, trusted: they
+// come from the gateway, over its authenticated connection.
+func (h *gnupgHome) populate(all []client.Key, roots []string) error {
+	for name, text := range map[string]string{
 		// An agent of gpg's own would take the socket over, and hold no keys.
-		if err := os.WriteFile(filepath.Join(h.dir, name), []byte("no-autostart\n"), 0o600); err != nil {
+		"gpg.conf": noAutostart + "\n",
+		// The CRL of the issuer of one's own certificate would be for dirmngr to fetch,
+		// which is not started either.
+		"gpgsm.conf": noAutostart + "\ndisable-crl-checks\n",
+	} {
+		if err := os.WriteFile(filepath.Join(h.dir, name), []byte(text), 0o600); err != nil {
 			return err
 		}
 	}
+	if err := h.populateX509(all, roots); err != nil {
+		return err
+	}
+	all = slices.DeleteFunc(slices.Clone(all), func(k client.Key) bool { return k.OpenPGP == nil })
 	if len(all) == 0 {
 		return nil
 	}
@@ -232,6 +253,20 @@ func (h *gnupgHome) populate(all []client.Key) error {
 		return err
 	}
 	return h.run(&trust, "gpg", "--batch", "--quiet", "--import-ownertrust")
+}
+
+// populateX509 gives gpgsm, where there is one, the chains of keys and the roots.
+func (h *gnupgHome) populateX509(all []client.Key, roots []string) error {
+	all = slices.DeleteFunc(slices.Clone(all), func(k client.Key) bool { return len(k.X509) == 0 })
+	if _, err := exec.LookPath("gpgsm"); err != nil || len(all) == 0 {
+		return nil
+	}
+	for _, file := range roots {
+		if err := h.run(nil, "gpgsm", "--batch", "--quiet", "--import", file); err != nil {
+			return err
+		}
+	}
+	return h.importX509(all)
 }
 
 func (h *gnupgHome) run(in *bytes.Buffer, name string, args ...string) error {

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/cmd/internal/sockets"
 	"github.com/signwarden/signwarden/gateway/audit"
 	"github.com/signwarden/signwarden/gateway/config"
 	"github.com/signwarden/signwarden/gateway/grpcapi"
@@ -57,6 +58,10 @@ func check(ctx context.Context, d *dirFlags, out io.Writer) error {
 	conf, err := d.load()
 	if !r.result("configuration", err, "listen %s, %d agent sockets", conf.Listen, len(conf.Agents)) {
 		return exit.Hint(errors.New("the configuration cannot be read"), "nothing else was examined")
+	}
+	for _, a := range conf.Agents {
+		_, roots, err := sockets.Bounds(a.Socket)
+		r.result("agent socket", err, "%s for %s, %d trusted roots", a.GPGSocket, a.Principal, len(roots))
 	}
 	r.certificates(conf.TLS)
 	state, stored := r.store(ctx, conf.Store)

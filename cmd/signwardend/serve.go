@@ -19,6 +19,7 @@ import (
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/gpgagent"
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/cmd/internal/sockets"
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/config"
 	"github.com/signwarden/signwarden/gateway/grpcapi"
@@ -185,11 +186,16 @@ func (a *agents) apply(ctx context.Context, want []config.Agent) error {
 }
 
 func (a *agents) start(ctx context.Context, conf config.Agent) (*agent, error) {
-	l, err := agentproto.Listen(agentproto.Config{Path: conf.GPGSocket, UIDs: conf.UIDs, Logger: a.log})
+	bounds, roots, err := sockets.Bounds(conf.Socket)
+	if err != nil {
+		return nil, fmt.Errorf("agent socket %s: %w", conf.GPGSocket, err)
+	}
+	l, err := agentproto.Listen(agentproto.Config{Path: conf.GPGSocket, UIDs: conf.UIDs, GIDs: conf.GIDs, Logger: a.log})
 	if err != nil {
 		return nil, fmt.Errorf("agent socket %s: %w", conf.GPGSocket, err)
 	}
 	srv, err := gpgagent.New(gpgagent.Config{
+		Lease: bounds, TrustedRoots: roots,
 		Keys: func(peer agentproto.Peer) (gpgagent.Keys, error) {
 			p, err := ident.FromPeer(peer.UID, conf.Principal)
 			if err != nil {
@@ -197,7 +203,7 @@ func (a *agents) start(ctx context.Context, conf config.Agent) (*agent, error) {
 			}
 			return a.gateway.Session(p, "gpg-agent", "openpgp"), nil
 		},
-		Logger: a.log,
+		Logger: a.log.With("socket", conf.GPGSocket),
 	})
 	if err != nil {
 		l.Close()

@@ -5,10 +5,11 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/rsa"
 	"fmt"
 	"io"
-	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -120,63 +121,135 @@ func (s MessageSigner) SignMessage(_ io.Reader, message []byte, opts crypto.Sign
 type Session struct {
 	c      *Client
 	format string
-	keys   atomic.Pointer[map[string]crypto.PublicKey]
+	list   atomic.Pointer[listing]
+	tried  chan struct{} // closed when list is set
+	once   sync.Once     // closes tried
 }
 
-// refreshKeys is how often a Session asks for the list of keys.
-const refreshKeys = 5 * time.Second
+// listing is what the gateway last told of the keys that we may sign with, or why
+// it has not told anything yet.
+type listing struct {
+	keys  map[string]crypto.PublicKey
+	certs map[string][]byte // a key's own X.509 certificate, DER
+	err   error             // while there has been no list
+}
+
+// refreshKeys is how often a Session asks for the list of keys, and firstKeys how
+// often while it has none.
+const (
+	refreshKeys = 5 * time.Second
+	firstKeys   = 500 * time.Millisecond
+)
 
 // Session fetches the keys that we may sign with. Run keeps them fresh.
 func (c *Client) Session(ctx context.Context, format string) (*Session, error) {
-	s := &Session{c: c, format: format}
+	s := c.OpenSession(format)
 	return s, s.refresh(ctx)
+}
+
+// OpenSession is Session for who cannot wait for a gateway that is away: Run
+// fetches the keys as soon as it can. Until it has tried once PublicKeys waits, and
+// until it has succeeded PublicKeys returns why not.
+func (c *Client) OpenSession(format string) *Session {
+	return &Session{c: c, format: format, tried: make(chan struct{})}
 }
 
 func (s *Session) refresh(ctx context.Context) error {
 	all, err := s.c.Keys(ctx)
 	if err != nil {
+		if l := s.list.Load(); l == nil || l.err != nil {
+			s.set(&listing{err: err})
+		}
 		return err
 	}
-	m := make(map[string]crypto.PublicKey, len(all))
+	l := &listing{keys: make(map[string]crypto.PublicKey, len(all)), certs: make(map[string][]byte)}
 	for _, k := range all {
-		if k.MaySign {
-			m[k.Name] = k.PublicKey
+		if !k.MaySign {
+			continue
+		}
+		l.keys[k.Name] = k.PublicKey
+		if len(k.X509) > 0 {
+			l.certs[k.Name] = k.X509[0].Raw
 		}
 	}
-	s.keys.Store(&m)
+	s.set(l)
 	return nil
 }
 
-// Run fetches the keys again every few seconds until ctx ends. While the
+func (s *Session) set(l *listing) {
+	s.list.Store(l)
+	s.once.Do(func() { close(s.tried) })
+}
+
+// Run fetches the keys, and again every few seconds until ctx ends. While the
 // gateway does not answer, the last list stays.
 func (s *Session) Run(ctx context.Context) {
-	t := time.NewTicker(refreshKeys)
-	defer t.Stop()
 	reachable := true
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
+	for first := s.list.Load() == nil; ; first = false {
+		l := s.list.Load()
+		pause := refreshKeys
+		if l == nil || l.err != nil {
+			pause = firstKeys
+		}
+		if !first {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(pause):
+			}
 		}
 		rctx, cancel := context.WithTimeout(ctx, refreshKeys)
 		err := s.refresh(rctx)
 		cancel()
 		if ctx.Err() == nil && (err == nil) != reachable {
 			reachable = err == nil
-			s.c.log.Log(ctx, slog.LevelWarn, "listing keys", "reachable", reachable, "error", err)
+			if reachable {
+				s.c.log.Info("the gateway answers again")
+			} else {
+				s.c.log.Warn("the gateway does not answer: the list of keys stays as it was", "error", err)
+			}
 		}
 	}
 }
 
-// PublicKeys returns the keys that we may sign with, by name, from memory. The
-// caller must not change the map.
-func (s *Session) PublicKeys(context.Context) (map[string]crypto.PublicKey, error) {
-	return *s.keys.Load(), nil
+// listed is the last list. It waits for the first attempt to get one.
+func (s *Session) listed(ctx context.Context) (*listing, error) {
+	select {
+	case <-s.tried:
+	case <-ctx.Done():
+		return nil, contextError(ctx)
+	}
+	l := s.list.Load()
+	return l, l.err
 }
 
-// Sign signs a digest by the usual scheme of the key; note is recorded.
+// PublicKeys returns the keys that we may sign with, by name, from memory. The
+// caller must not change the map.
+func (s *Session) PublicKeys(ctx context.Context) (map[string]crypto.PublicKey, error) {
+	l, err := s.listed(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return l.keys, nil
+}
+
+// Certificates returns the X.509 certificates, in DER, that were made for those keys
+// or imported: each key's own. The caller must not change the map.
+func (s *Session) Certificates(ctx context.Context) (map[string][]byte, error) {
+	l, err := s.listed(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return l.certs, nil
+}
+
+// Sign signs a digest by the usual scheme of the key; note is recorded. An error
+// names the request as the gateway's audit log does.
 func (s *Session) Sign(ctx context.Context, key string, hash crypto.Hash, digest []byte, note string) ([]byte, error) {
-	sig, err := s.c.Sign(ctx, Request{Key: key, Digest: digest, Hash: hash, Format: s.format, Claim: Claim{Note: note}})
-	return sig.Bytes, err
+	r := Request{ID: rand.Text(), Key: key, Digest: digest, Hash: hash, Format: s.format, Claim: Claim{Note: note}}
+	sig, err := s.c.Sign(ctx, r)
+	if err != nil {
+		return nil, fmt.Errorf("request %s: %w", r.ID, err)
+	}
+	return sig.Bytes, nil
 }

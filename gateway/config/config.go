@@ -5,17 +5,12 @@ package config
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"time"
-
-	"github.com/goccy/go-yaml"
-
-	"github.com/signwarden/signwarden/gateway/ident"
 )
 
 // FileName is the configuration's name in a gateway's directory.
@@ -63,16 +58,6 @@ type Store struct {
 	SQLite string `yaml:"sqlite"`
 }
 
-// Agent is a socket for local users.
-type Agent struct {
-	// GPGSocket is the path of a gpg-agent socket.
-	GPGSocket string `yaml:"gpg_socket"`
-	// Principal is who its users act as.
-	Principal string `yaml:"principal"`
-	// UIDs may connect; at least one.
-	UIDs []uint32 `yaml:"uids"`
-}
-
 // Limits are bounds; zero: the default.
 type Limits struct {
 	// InFlight bounds requests under way, InFlightPerPrincipal those of one
@@ -104,21 +89,9 @@ func (d Duration) MarshalYAML() ([]byte, error) { return []byte(time.Duration(d)
 
 // Load reads and checks a configuration file.
 func Load(path string) (Config, error) {
-	abs, err := filepath.Abs(path)
+	abs, b, err := readFile(path)
 	if err != nil {
 		return Config{}, fmt.Errorf("configuration: %w", err)
-	}
-	f, err := os.Open(abs)
-	if err != nil {
-		return Config{}, fmt.Errorf("configuration: %w", err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return Config{}, fmt.Errorf("configuration: %w", err)
-	}
-	if len(b) > maxFile {
-		return Config{}, fmt.Errorf("configuration %s has over %d bytes", abs, maxFile)
 	}
 	c, err := Parse(b, filepath.Dir(abs))
 	if err != nil {
@@ -127,18 +100,32 @@ func Load(path string) (Config, error) {
 	return c, nil
 }
 
+// readFile reads at most maxFile bytes.
+func readFile(path string) (abs string, b []byte, err error) {
+	abs, err = filepath.Abs(path)
+	if err != nil {
+		return "", nil, err
+	}
+	f, err := os.Open(abs)
+	if err != nil {
+		return "", nil, err
+	}
+	defer f.Close()
+	b, err = io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return "", nil, err
+	}
+	if len(b) > maxFile {
+		return "", nil, fmt.Errorf("%s has over %d bytes", abs, maxFile)
+	}
+	return abs, b, nil
+}
+
 // Parse reads and checks a configuration whose relative paths are relative to dir.
 func Parse(b []byte, dir string) (Config, error) {
 	var c Config
-	dec := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict())
-	if err := dec.Decode(&c); err != nil {
-		if errors.Is(err, io.EOF) {
-			return c, errors.New("it is empty")
-		}
-		return c, errors.New(yaml.FormatError(err, false, true))
-	}
-	if err := dec.Decode(&Config{}); !errors.Is(err, io.EOF) {
-		return c, errors.New("a second YAML document follows the first")
+	if err := strict(b, &c, &Config{}); err != nil {
+		return c, err
 	}
 	c.absolute(dir)
 	return c, c.check()
@@ -147,17 +134,21 @@ func Parse(b []byte, dir string) (Config, error) {
 // absolute resolves every path against dir.
 func (c *Config) absolute(dir string) {
 	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Token.PINFile, &c.Store.SQLite}
+	makeAbsolute(dir, paths)
 	for i := range c.Agents {
-		paths = append(paths, &c.Agents[i].GPGSocket)
-	}
-	for _, p := range paths {
-		if *p != "" && !filepath.IsAbs(*p) {
-			*p = filepath.Join(dir, *p)
-		}
+		c.Agents[i].absolute(dir)
 	}
 	for name, v := range c.Token.Environment {
 		if len(v) > 2 && v[:2] == "./" {
 			c.Token.Environment[name] = filepath.Join(dir, v)
+		}
+	}
+}
+
+func makeAbsolute(dir string, paths []*string) {
+	for _, p := range paths {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
 		}
 	}
 }
@@ -196,23 +187,6 @@ func (c *Config) check() error {
 		if err := a.check(sockets); err != nil {
 			return fmt.Errorf("agents[%d].%w", i, err)
 		}
-	}
-	return nil
-}
-
-func (a *Agent) check(seen map[string]bool) error {
-	if a.GPGSocket == "" {
-		return errors.New("gpg_socket is missing")
-	}
-	if seen[a.GPGSocket] {
-		return fmt.Errorf("gpg_socket: %s is taken by an earlier entry", a.GPGSocket)
-	}
-	seen[a.GPGSocket] = true
-	if err := ident.CheckName(a.Principal); err != nil {
-		return fmt.Errorf("principal: %w", err)
-	}
-	if len(a.UIDs) == 0 {
-		return errors.New("uids is missing: say which users may connect")
 	}
 	return nil
 }

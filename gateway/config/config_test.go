@@ -1,6 +1,7 @@
 package config_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,6 +23,7 @@ token:
 store: {sqlite: db.sqlite}
 agents:
   - {gpg_socket: S.gpg-agent, principal: builder, uids: [0, 1000]}
+  - {gpg_socket: /run/s, principal: job, gids: [100], keys: ["nightly-*"], lifetime: 8h, signatures: 500, trusted_roots: [root.pem]}
 limits: {sign_timeout: 10s, in_flight: 7}
 `
 
@@ -42,8 +44,14 @@ func TestLoad(t *testing.T) {
 			Module: "/usr/lib/softhsm/libsofthsm2.so", Label: "signwarden", PINFile: at("pin"),
 			Environment: map[string]string{"SOFTHSM2_CONF": at("softhsm2.conf"), "OTHER": "value"},
 		},
-		Store:  config.Store{SQLite: at("db.sqlite")},
-		Agents: []config.Agent{{GPGSocket: at("S.gpg-agent"), Principal: "builder", UIDs: []uint32{0, 1000}}},
+		Store: config.Store{SQLite: at("db.sqlite")},
+		Agents: []config.Agent{
+			{Socket: config.Socket{GPGSocket: at("S.gpg-agent")}, Principal: "builder", UIDs: []uint32{0, 1000}},
+			{Socket: config.Socket{
+				GPGSocket: "/run/s", Keys: []string{"nightly-*"}, Lifetime: config.Duration(8 * time.Hour), Signatures: 500,
+				TrustedRoots: []string{at("root.pem")},
+			}, Principal: "job", GIDs: []uint32{100}},
+		},
 		Limits: config.Limits{SignTimeout: config.Duration(10 * time.Second), InFlight: 7},
 	}
 	if diff := cmp.Diff(got, want); diff != "" {
@@ -63,6 +71,13 @@ func TestParseErrors(t *testing.T) {
 		{"negative", "in_flight: 7", "in_flight: -7", "limits.in_flight"},
 		{"no uids", "uids: [0, 1000]", "uids: []", "agents[0].uids is missing"},
 		{"principal", "principal: builder", "principal: '*'", "agents[0].principal"},
+		{"socket's unknown field", "signatures: 500", "signature: 500", `unknown field "signature"`},
+		{"long socket", "/run/s", "/run/" + strings.Repeat("x", 103), "agents[1].gpg_socket: /run/" + strings.Repeat("x", 103) + " has 108 bytes"},
+		{"word", "/run/s", "auto", "agents[1].gpg_socket: auto is no path"},
+		{"glob", "nightly-*", "nightly-[", `agents[1].keys: "nightly-["`},
+		{"negative signatures", "signatures: 500", "signatures: -1", "agents[1].signatures"},
+		{"negative lifetime", "lifetime: 8h", "lifetime: -8h", "no duration"},
+		{"neither uids nor gids", "gids: [100], ", "", "agents[1].uids is missing"},
 		{"twice", "agents:\n", "agents:\n  - {gpg_socket: S.gpg-agent, principal: x, uids: [0]}\n", "agents[1].gpg_socket"},
 		{"duplicate", "store:", "listen: 1.2.3.4:1\nstore:", "listen"},
 		{"second document", "limits:", "---\nlimits:", "second YAML document"},
@@ -80,6 +95,51 @@ func TestParseErrors(t *testing.T) {
 		})
 	}
 	if _, err := config.Load("/nonexistent/x.yaml"); err == nil || !strings.Contains(err.Error(), "/nonexistent/x.yaml") {
+		t.Errorf("missing file: got %v", err)
+	}
+}
+
+func TestLoadAgent(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, config.AgentFileName)
+	load := func(text string) (config.AgentFile, error) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return config.LoadAgent(file)
+	}
+	got, err := load(`sockets:
+  - {gpg_socket: auto}
+  - {gpg_socket: extra, keys: [release], lifetime: 1h, signatures: 10, trusted_roots: [root.pem]}
+  - {gpg_socket: "fd:gpg-job"}
+  - {gpg_socket: job/S.gpg-agent}
+`)
+	want := config.AgentFile{Sockets: []config.Socket{
+		{GPGSocket: "auto"},
+		{GPGSocket: "extra", Keys: []string{"release"}, Lifetime: config.Duration(time.Hour), Signatures: 10, TrustedRoots: []string{filepath.Join(dir, "root.pem")}},
+		{GPGSocket: "fd:gpg-job"},
+		{GPGSocket: filepath.Join(dir, "job/S.gpg-agent")},
+	}}
+	if diff := cmp.Diff(got, want); diff != "" || err != nil {
+		t.Errorf("%v; got (-) want (+):\n%s", err, diff)
+	}
+	for name, tt := range map[string]struct{ text, want string }{
+		"empty":         {"", "it is empty"},
+		"no socket":     {"sockets: []\n", "sockets is missing"},
+		"no path":       {"sockets:\n  - {keys: [a]}\n", "sockets[0].gpg_socket is missing"},
+		"twice":         {"sockets:\n  - {gpg_socket: auto}\n  - {gpg_socket: auto}\n", "sockets[1].gpg_socket: auto is taken"},
+		"principal":     {"sockets:\n  - {gpg_socket: auto, principal: x}\n", `unknown field "principal"`},
+		"glob":          {"sockets:\n  - {gpg_socket: auto, keys: ['']}\n", "sockets[0].keys"},
+		"two documents": {"sockets:\n  - {gpg_socket: auto}\n---\na: 1\n", "second YAML document"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := load(tt.text); err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), file) {
+				t.Errorf("got %v, want an error with %q", err, tt.want)
+			}
+		})
+	}
+	if _, err := config.LoadAgent(filepath.Join(dir, "none")); !os.IsNotExist(errors.Unwrap(err)) {
 		t.Errorf("missing file: got %v", err)
 	}
 }

@@ -1,0 +1,158 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/signwarden/signwarden/agentproto"
+	"github.com/signwarden/signwarden/agentproto/gpgagent"
+	"github.com/signwarden/signwarden/agentproto/lease"
+	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/cmd/internal/sockets"
+	"github.com/signwarden/signwarden/gateway/client"
+	"github.com/signwarden/signwarden/gateway/config"
+)
+
+// socket is a socket to be served: at path, or where it is listening already.
+type socket struct {
+	protocol string // of protocols
+	path     string
+	file     *os.File
+	conf     config.Socket
+}
+
+// handler serves one connection.
+type handler = func(ctx context.Context, c net.Conn, p agentproto.Peer)
+
+// protocol is what can be spoken on a socket.
+type protocol struct {
+	words  string // for people
+	format string // of the requests that it makes
+	serve  func(keys *client.Session, bounds *lease.Lease, roots []string, log *slog.Logger) (handler, error)
+}
+
+// protocols by the name that the sockets' descriptors begin with.
+var protocols = map[string]protocol{
+	"gpg": {"gpg-agent", "openpgp", serveGPG},
+}
+
+func serveGPG(keys *client.Session, bounds *lease.Lease, roots []string, log *slog.Logger) (handler, error) {
+	srv, err := gpgagent.New(gpgagent.Config{
+		Keys:         func(agentproto.Peer) (gpgagent.Keys, error) { return keys, nil },
+		Lease:        bounds,
+		TrustedRoots: roots,
+		Logger:       log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return srv.ServeConn, nil
+}
+
+// served is sockets being served, and their sessions kept fresh.
+type served struct {
+	lines  []string // one for people of each socket
+	failed chan struct{}
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu   sync.Mutex // guards errs; held to add one
+	errs []error
+}
+
+// startSockets listens on all sockets, or on none, and serves them. session is asked once
+// for each format.
+func (a *app) startSockets(session func(format string) *client.Session, all []socket) (_ *served, err error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &served{cancel: cancel, failed: make(chan struct{})}
+	type listening struct {
+		l     *agentproto.Listener
+		serve handler
+	}
+	var ready []listening
+	sessions := map[string]*client.Session{}
+	defer func() {
+		if err != nil {
+			cancel()
+			for _, r := range ready {
+				err = errors.Join(err, r.l.Close())
+			}
+		}
+	}()
+	for _, want := range all {
+		p, ok := protocols[want.protocol]
+		if !ok {
+			return nil, exit.UsageError("systemd passes a descriptor named %q: FileDescriptorName must be the protocol, like gpg, or begin with it, like gpg-job", strings.TrimPrefix(want.conf.GPGSocket, config.WordFD))
+		}
+		bounds, roots, err := sockets.Bounds(want.conf)
+		if err != nil {
+			return nil, err
+		}
+		l, err := want.listen(a.log)
+		if err != nil {
+			return nil, err
+		}
+		keys := sessions[p.format]
+		if keys == nil {
+			keys = session(p.format)
+			sessions[p.format] = keys
+		}
+		serve, err := p.serve(keys, bounds, roots, a.log.With("socket", l.Path()))
+		if err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+		ready = append(ready, listening{l, serve})
+		s.lines = append(s.lines, fmt.Sprintf("%s socket %s%s", p.words, l.Path(), describe(want.conf)))
+	}
+	var once sync.Once
+	for _, r := range ready {
+		s.wg.Go(func() {
+			if err := r.l.Serve(ctx, r.serve); err != nil {
+				s.mu.Lock()
+				s.errs = append(s.errs, fmt.Errorf("serving %s: %w", r.l.Path(), err))
+				s.mu.Unlock()
+				once.Do(func() { close(s.failed) })
+			}
+		})
+	}
+	for _, keys := range sessions {
+		s.wg.Go(func() { keys.Run(ctx) })
+	}
+	return s, nil
+}
+
+func (s *socket) listen(log *slog.Logger) (*agentproto.Listener, error) {
+	if s.file != nil {
+		return agentproto.Inherit(agentproto.Config{Logger: log}, s.file)
+	}
+	return agentproto.Listen(agentproto.Config{Path: s.path, Logger: log})
+}
+
+// describe tells what bounds a socket.
+func describe(s config.Socket) string {
+	var b strings.Builder
+	if len(s.Keys) > 0 {
+		fmt.Fprintf(&b, ", keys %s", strings.Join(s.Keys, " "))
+	}
+	if s.Lifetime > 0 {
+		fmt.Fprintf(&b, ", until %s", time.Now().Add(time.Duration(s.Lifetime)).Format(time.RFC3339))
+	}
+	if s.Signatures > 0 {
+		fmt.Fprintf(&b, ", %d signatures", s.Signatures)
+	}
+	return b.String()
+}
+
+// stop lets what is being signed finish, and removes the sockets that are ours.
+func (s *served) stop() error {
+	s.cancel()
+	s.wg.Wait()
+	return errors.Join(s.errs...)
+}
