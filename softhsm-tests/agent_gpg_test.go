@@ -13,6 +13,22 @@ import (
 // agentKeys are the types of key that OpenPGP tools sign with.
 var agentKeys = []string{"rsa2048", "rsa4096", "p256", "p384", "ed25519"}
 
+// agentTest is a gpg with an agent, and one that only verifies.
+type agentTest struct {
+	g           *gateway
+	env, verify []string
+	dir, file   string
+}
+
+// cert is the file of a key's certificate.
+func (a *agentTest) cert(t testing.TB, name string) string {
+	path := filepath.Join(a.dir, name+".cert")
+	if _, err := os.Stat(path); err != nil {
+		writeFile(t, path, a.g.must(t, "signwarden", "key", "export", name))
+	}
+	return path
+}
+
 // Every type of key with every hash, in every form that gpg writes, through
 // signwarden agent; gpg and sq verify each.
 func TestAgentGPG(t *testing.T) {
@@ -22,74 +38,11 @@ func TestAgentGPG(t *testing.T) {
 	}
 	env, socket := g.home(t, agentKeys...)
 	g.agentAt(t, socket)
-	verify := g.verifier(t, agentKeys...)
-	dir := t.TempDir()
-	file := filepath.Join(dir, "file")
-	writeFile(t, file, "to be signed\n- with a dash\n")
-	cert := func(name string) string {
-		path := filepath.Join(dir, name+".cert")
-		if _, err := os.Stat(path); err != nil {
-			writeFile(t, path, g.must(t, "signwarden", "key", "export", name))
-		}
-		return path
-	}
-
-	for _, key := range agentKeys {
-		for _, hash := range []string{"SHA256", "SHA384", "SHA512"} {
-			t.Run(key+"/"+hash, func(t *testing.T) {
-				sig := filepath.Join(dir, key+hash+".sig")
-				r := gpgTry(t, env, "-u", key+"@example.org", "--digest-algo", hash, "-o", sig, "--detach-sign", file)
-				if key == "p384" && hash == "SHA256" {
-					r.failure(t, 67109003, "Invalid length") // as the real agent
-					return
-				}
-				if r.code != 0 {
-					t.Fatalf("exit code %d:\n%s%s", r.code, r.stdout, r.stderr)
-				}
-				id := map[string]string{"SHA256": " 8 ", "SHA384": " 9 ", "SHA512": " 10 "}[hash]
-				if !strings.Contains(r.stdout, id) {
-					t.Errorf("another hash was used:\n%s", r.stdout)
-				}
-				mustEnv(t, verify, "gpg", "--batch", "--verify", sig, file)
-				sqVerify(t, cert(key), sig, file)
-			})
-		}
-	}
-
-	for _, tt := range []struct {
-		name     string
-		args     []string
-		sigs     int
-		detached bool
-	}{
-		{"armor", []string{"-u", "rsa4096@example.org", "--armor", "--detach-sign"}, 1, true},
-		{"clearsign", []string{"-u", "p256@example.org", "--clearsign"}, 1, false},
-		{"inline", []string{"-u", "ed25519@example.org", "--sign"}, 1, false},
-		{"two keys", []string{"-u", "ed25519@example.org", "-u", "rsa2048@example.org", "--sign"}, 2, false},
-		{"default key", []string{"--sign"}, 1, false},
-		{"exact subkey", []string{"-u", signingSubkey(t, env, "p384@example.org") + "!", "--digest-algo", "SHA384", "--detach-sign"}, 1, true},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			out := filepath.Join(dir, "out")
-			r := gpgTry(t, env, append(append([]string{"-o", out}, tt.args...), file)...)
-			if r.code != 0 || strings.Count(r.stdout, "SIG_CREATED") != tt.sigs {
-				t.Fatalf("exit code %d, want %d signatures:\n%s%s", r.code, tt.sigs, r.stdout, r.stderr)
-			}
-			args := []string{"--batch", "--status-fd", "1", "--verify", out}
-			if tt.detached {
-				args = append(args, file)
-			}
-			if good := strings.Count(mustEnv(t, verify, "gpg", args...), "GOODSIG"); good != tt.sigs {
-				t.Errorf("gpg finds %d good signatures, want %d", good, tt.sigs)
-			}
-			for _, key := range agentKeys {
-				if slices.Contains(tt.args, key+"@example.org") && tt.sigs == 1 {
-					sqVerifyForm(t, cert(key), out, file, tt.detached)
-				}
-			}
-		})
-	}
-
+	a := &agentTest{g: g, env: env, verify: g.verifier(t, agentKeys...), dir: t.TempDir()}
+	a.file = filepath.Join(a.dir, "file")
+	writeFile(t, a.file, "to be signed\n- with a dash\n")
+	a.hashes(t)
+	a.forms(t)
 	t.Run("list", func(t *testing.T) {
 		list := mustEnv(t, env, "gpg", "--batch", "-K", "--with-keygrip")
 		for _, grip := range keygrips(t, dialAgent(t, socket)) {
@@ -102,6 +55,68 @@ func TestAgentGPG(t *testing.T) {
 			t.Errorf("%d primary keys and %d subkeys, want %d of each:\n%s", n, m, len(agentKeys), list)
 		}
 	})
+}
+
+// hashes has each key sign with each hash.
+func (a *agentTest) hashes(t *testing.T) {
+	for _, key := range agentKeys {
+		for _, hash := range []string{"SHA256", "SHA384", "SHA512"} {
+			t.Run(key+"/"+hash, func(t *testing.T) {
+				sig := filepath.Join(a.dir, key+hash+".sig")
+				r := gpgTry(t, a.env, "-u", key+"@example.org", "--digest-algo", hash, "-o", sig, "--detach-sign", a.file)
+				if key == "p384" && hash == "SHA256" {
+					r.failure(t, 67109003, "Invalid length") // as the real agent
+					return
+				}
+				if r.code != 0 {
+					t.Fatalf("exit code %d:\n%s%s", r.code, r.stdout, r.stderr)
+				}
+				id := map[string]string{"SHA256": " 8 ", "SHA384": " 9 ", "SHA512": " 10 "}[hash]
+				if !strings.Contains(r.stdout, id) {
+					t.Errorf("another hash was used:\n%s", r.stdout)
+				}
+				mustEnv(t, a.verify, "gpg", "--batch", "--verify", sig, a.file)
+				sqVerify(t, a.cert(t, key), sig, a.file)
+			})
+		}
+	}
+}
+
+// forms has gpg write each form of signature.
+func (a *agentTest) forms(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		args     []string
+		sigs     int
+		detached bool
+	}{
+		{"armor", []string{"-u", "rsa4096@example.org", "--armor", "--detach-sign"}, 1, true},
+		{"clearsign", []string{"-u", "p256@example.org", "--clearsign"}, 1, false},
+		{"inline", []string{"-u", "ed25519@example.org", "--sign"}, 1, false},
+		{"two keys", []string{"-u", "ed25519@example.org", "-u", "rsa2048@example.org", "--sign"}, 2, false},
+		{"default key", []string{"--sign"}, 1, false},
+		{"exact subkey", []string{"-u", signingSubkey(t, a.env, "p384@example.org") + "!", "--digest-algo", "SHA384", "--detach-sign"}, 1, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			out := filepath.Join(a.dir, "out")
+			r := gpgTry(t, a.env, append(append([]string{"-o", out}, tt.args...), a.file)...)
+			if r.code != 0 || strings.Count(r.stdout, "SIG_CREATED") != tt.sigs {
+				t.Fatalf("exit code %d, want %d signatures:\n%s%s", r.code, tt.sigs, r.stdout, r.stderr)
+			}
+			args := []string{"--batch", "--status-fd", "1", "--verify", out}
+			if tt.detached {
+				args = append(args, a.file)
+			}
+			if good := strings.Count(mustEnv(t, a.verify, "gpg", args...), "GOODSIG"); good != tt.sigs {
+				t.Errorf("gpg finds %d good signatures, want %d", good, tt.sigs)
+			}
+			for _, key := range agentKeys {
+				if slices.Contains(tt.args, key+"@example.org") && tt.sigs == 1 {
+					sqVerifyForm(t, a.cert(t, key), out, a.file, tt.detached)
+				}
+			}
+		})
+	}
 }
 
 // signingSubkey is the fingerprint of a certificate's subkey.

@@ -90,7 +90,7 @@ func TestLocalAgentBounds(t *testing.T) {
 		t.Helper()
 		writeFile(t, g.dir+"/signwardend.yaml", fmt.Sprintf(`%sagents:
   - {gpg_socket: %[2]s/job/s, principal: job, gids: [%[3]d], uids: [0], keys: [rel], signatures: %[4]d}
-  - {gpg_socket: %[2]s/over/s, principal: job, uids: [0], keys: [rel], lifetime: 1ns}
+  - {gpg_socket: %[2]s/over/s, principal: job, uids: [0], keys: [rel], lifetime: 1ns, trusted_roots: [tls/ca.crt]}
 %[5]s`, yaml, dir, nobody, signatures, more))
 	}
 	configure(2, "")
@@ -107,6 +107,18 @@ func TestLocalAgentBounds(t *testing.T) {
 	if code := signOnce(t, dialAgent(t, dir+"/over/s")); code != 67109101 {
 		t.Errorf("past its time: error %d, want 67109101", code)
 	}
+	// One socket tells gpgsm to trust a root, and the other does not.
+	fpr := strings.TrimSpace(mustEnv(t, os.Environ(), "openssl", "x509", "-in", g.dir+"/tls/ca.crt", "-noout", "-fingerprint", "-sha1"))
+	_, fpr, _ = strings.Cut(fpr, "=")
+	for path, want := range map[string]uint32{dir + "/over/s": 0, dir + "/job/s": 67108962} {
+		if _, code := transact(t, dialAgent(t, path), "ISTRUSTED "+strings.ReplaceAll(fpr, ":", "")); code != want {
+			t.Errorf("%s: ISTRUSTED: error %d, want %d", path, code, want)
+		}
+	}
+	if out := g.must(t, "signwardend", "check", "--dir", g.dir); !strings.Contains(out, dir+"/over/s for job, 1 trusted roots") {
+		t.Errorf("check does not tell of the socket:\n%s", out)
+	}
+
 	// The entry stays as it is; so does what it has spent.
 	reload := func(signatures int) {
 		t.Helper()

@@ -58,8 +58,11 @@ func serveGPG(keys *client.Session, bounds *lease.Lease, roots []string, log *sl
 
 // served is sockets being served, and their sessions kept fresh.
 type served struct {
-	lines  []string // one for people of each socket
-	failed chan struct{}
+	lines    []string // one for people of each socket
+	failed   chan struct{}
+	sessions map[string]*client.Session // by format
+	ready    []listening
+
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
@@ -67,65 +70,69 @@ type served struct {
 	errs []error
 }
 
+type listening struct {
+	l     *agentproto.Listener
+	serve handler
+}
+
 // startSockets listens on all sockets, or on none, and serves them. session is asked once
 // for each format.
-func (a *app) startSockets(session func(format string) *client.Session, all []socket) (_ *served, err error) {
-	ctx, cancel := context.WithCancel(context.Background())
-	s := &served{cancel: cancel, failed: make(chan struct{})}
-	type listening struct {
-		l     *agentproto.Listener
-		serve handler
-	}
-	var ready []listening
-	sessions := map[string]*client.Session{}
-	defer func() {
-		if err != nil {
-			cancel()
-			for _, r := range ready {
+func (a *app) startSockets(session func(format string) *client.Session, all []socket) (*served, error) {
+	s := &served{failed: make(chan struct{}), sessions: map[string]*client.Session{}}
+	for _, want := range all {
+		if err := s.listen(session, want, a.log); err != nil {
+			for _, r := range s.ready {
 				err = errors.Join(err, r.l.Close())
 			}
-		}
-	}()
-	for _, want := range all {
-		p, ok := protocols[want.protocol]
-		if !ok {
-			return nil, exit.UsageError("systemd passes a descriptor named %q: FileDescriptorName must be the protocol, like gpg, or begin with it, like gpg-job", strings.TrimPrefix(want.conf.GPGSocket, config.WordFD))
-		}
-		bounds, roots, err := sockets.Bounds(want.conf)
-		if err != nil {
 			return nil, err
 		}
-		l, err := want.listen(a.log)
-		if err != nil {
-			return nil, err
-		}
-		keys := sessions[p.format]
-		if keys == nil {
-			keys = session(p.format)
-			sessions[p.format] = keys
-		}
-		serve, err := p.serve(keys, bounds, roots, a.log.With("socket", l.Path()))
-		if err != nil {
-			return nil, errors.Join(err, l.Close())
-		}
-		ready = append(ready, listening{l, serve})
-		s.lines = append(s.lines, fmt.Sprintf("%s socket %s%s", p.words, l.Path(), describe(want.conf)))
 	}
-	var once sync.Once
-	for _, r := range ready {
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	failed := sync.OnceFunc(func() { close(s.failed) })
+	for _, r := range s.ready {
 		s.wg.Go(func() {
 			if err := r.l.Serve(ctx, r.serve); err != nil {
 				s.mu.Lock()
 				s.errs = append(s.errs, fmt.Errorf("serving %s: %w", r.l.Path(), err))
 				s.mu.Unlock()
-				once.Do(func() { close(s.failed) })
+				failed()
 			}
 		})
 	}
-	for _, keys := range sessions {
+	for _, keys := range s.sessions {
 		s.wg.Go(func() { keys.Run(ctx) })
 	}
 	return s, nil
+}
+
+// listen adds one socket to those that are ready.
+func (s *served) listen(session func(format string) *client.Session, want socket, log *slog.Logger) error {
+	p, ok := protocols[want.protocol]
+	if !ok {
+		return exit.UsageError("systemd passes a descriptor named %q: FileDescriptorName must be the protocol, like gpg, or begin with it, like gpg-job",
+			strings.TrimPrefix(want.conf.GPGSocket, config.WordFD))
+	}
+	bounds, roots, err := sockets.Bounds(want.conf)
+	if err != nil {
+		return err
+	}
+	l, err := want.listen(log)
+	if err != nil {
+		return err
+	}
+	keys := s.sessions[p.format]
+	if keys == nil {
+		keys = session(p.format)
+		s.sessions[p.format] = keys
+	}
+	serve, err := p.serve(keys, bounds, roots, log.With("socket", l.Path()))
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	s.ready = append(s.ready, listening{l, serve})
+	s.lines = append(s.lines, fmt.Sprintf("%s socket %s%s", p.words, l.Path(), describe(want.conf)))
+	return nil
 }
 
 func (s *socket) listen(log *slog.Logger) (*agentproto.Listener, error) {
