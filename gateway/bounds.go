@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -250,7 +251,7 @@ func (r *Request) answer(sig []byte) []byte {
 // content is what must be the same in two requests with one id.
 func (r *Request) content() [sha256.Size]byte {
 	h := sha256.New()
-	for _, field := range [][]byte{[]byte(r.Key), r.Digest, []byte(r.Hash.String()), []byte(r.Scheme), []byte(r.Format)} {
+	for _, field := range [][]byte{[]byte(r.Key), r.Digest, []byte(r.Hash.String()), []byte(r.Scheme), []byte(r.Format), []byte(strconv.Itoa(r.SaltLength))} {
 		var n [8]byte
 		binary.BigEndian.PutUint64(n[:], uint64(len(field)))
 		h.Write(n[:])

@@ -279,10 +279,16 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 	}
 	e.KeyFingerprint = k.Fingerprint()
 	scheme, err := keys.SchemeFor(k.Algorithm, r.Scheme)
+	if err == nil {
+		err = keys.CheckSalt(k.PublicKey, scheme, r.Hash, r.SaltLength)
+	}
 	if err != nil {
 		return g.refuse(e, audit.Denied, err, err.Error())
 	}
 	e.Scheme = string(scheme)
+	if r.SaltLength != 0 && r.SaltLength != r.Hash.Size() {
+		e.Detail = fmt.Sprintf("salt of %d bytes", r.SaltLength)
+	}
 	if r.ID == "" {
 		return g.sign(ctx, p, r, pkg, e, s, k, rule, scheme)
 	}
@@ -337,12 +343,12 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, pkg *p
 		return g.refuse(e, audit.Denied, err, err.Error())
 	}
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
-	sig, err := g.c.Token.Sign(tctx, k.ID, r.Digest, scheme.Options(r.Hash))
+	sig, err := g.c.Token.Sign(tctx, k.ID, r.Digest, scheme.SaltedOptions(r.Hash, r.SaltLength))
 	cancel()
 	if err != nil {
 		return g.refuse(e, audit.Failed, tokenError(err), err.Error())
 	}
-	err = keys.Verify(k.PublicKey, scheme, r.Hash, r.Digest, sig)
+	err = keys.VerifySalted(k.PublicKey, scheme, r.Hash, r.SaltLength, r.Digest, sig)
 	if err != nil { // 2
 		g.log.Error("token returned a signature that does not verify: is this the token and the key that were registered?",
 			"key", k.Name, "token", k.Token, "error", err)

@@ -110,6 +110,7 @@ func TestSignDenied(t *testing.T) {
 		{"digest length", "alice", "a-1", edit(func(r *gateway.Request) { r.Hash = crypto.SHA512 }), sigerr.Invalid, "32 bytes"},
 		{"no digest", "alice", "a-1", edit(func(r *gateway.Request) { r.Digest = nil }), sigerr.Invalid, "0 bytes"},
 		{"scheme", "alice", "a-1", edit(func(r *gateway.Request) { r.Scheme = keys.PSS }), sigerr.Invalid, "rsa-pss"},
+		{"salt", "alice", "a-1", edit(func(r *gateway.Request) { r.SaltLength = 32 }), sigerr.Invalid, "only RSA-PSS has a salt"},
 		{"id", "alice", "a-1", edit(func(r *gateway.Request) { r.ID = "a b" }), sigerr.Invalid, "idempotency id"},
 		{"long id", "alice", "a-1", edit(func(r *gateway.Request) { r.ID = strings.Repeat("x", 65) }), sigerr.Invalid, "idempotency id"},
 	}
@@ -236,6 +237,7 @@ func TestSignTellsNothingOfOthersKeys(t *testing.T) {
 		func(*gateway.Request) {},
 		func(r *gateway.Request) { r.Format = "kmod" },
 		func(r *gateway.Request) { r.Scheme = keys.PSS },
+		func(r *gateway.Request) { r.Scheme, r.SaltLength = keys.PSS, 1<<20 },
 		func(r *gateway.Request) { r.ID = "same" },
 		func(r *gateway.Request) { r.Digest = nil },
 	} {

@@ -35,6 +35,8 @@ type Request struct {
 	Message []byte
 	// Scheme; empty: the usual one of the key's algorithm.
 	Scheme keys.Scheme
+	// SaltLength is that of PSS, in bytes; 0: as long as the hash.
+	SaltLength int
 	// Format is what the front-end knows, or was told, the signature is for.
 	// Against a bare digest nothing can check it, so the rule that allows the
 	// request must allow blind signing. A Message is read as what it says.

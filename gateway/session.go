@@ -3,8 +3,10 @@ package gateway
 import (
 	"context"
 	"crypto"
+	"crypto/rsa"
 
 	"github.com/signwarden/signwarden/gateway/ident"
+	"github.com/signwarden/signwarden/gateway/keys"
 )
 
 // Session is a principal at a front-end of this process: what an agent socket
@@ -58,5 +60,37 @@ func (s *Session) Sign(ctx context.Context, key string, hash crypto.Hash, digest
 	sig, err := s.g.Sign(ctx, s.p, Request{
 		Key: key, Digest: digest, Hash: hash, Format: s.format, FrontEnd: s.frontEnd, Claim: Claim{Note: note},
 	})
+	return sig.Bytes, err
+}
+
+// Chains returns the X.509 certificates of those keys that have some, as DER: a
+// key's own, then its issuers'. The caller must not change them.
+func (s *Session) Chains(ctx context.Context) (map[string][][]byte, error) {
+	all, err := s.g.Keys(ctx, s.p)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string][][]byte{}
+	for _, k := range all {
+		if k.MaySign && len(k.X509) > 0 {
+			out[k.Name] = k.X509
+		}
+	}
+	return out, nil
+}
+
+// SignWith signs a digest by what opts say: a hash, for the usual scheme of the
+// key, or *rsa.PSSOptions. note is recorded, never decided on.
+func (s *Session) SignWith(ctx context.Context, key string, opts crypto.SignerOpts, digest []byte, note string) ([]byte, error) {
+	r := Request{Key: key, Digest: digest, Hash: opts.HashFunc(), Format: s.format, FrontEnd: s.frontEnd, Claim: Claim{Note: note}}
+	if pss, ok := opts.(*rsa.PSSOptions); ok {
+		var err error
+		r.Scheme = keys.PSS
+		r.SaltLength, err = keys.SaltLength(pss)
+		if err != nil {
+			return nil, err
+		}
+	}
+	sig, err := s.g.Sign(ctx, s.p, r)
 	return sig.Bytes, err
 }

@@ -112,8 +112,9 @@ func (m *mechanism) parameters(k *key, p p11rpc.Mechanism) (pss *rsa.PSSOptions,
 		}
 		// RFC 8017 section 9.1.1: the encoded message has modBits-1 bits.
 		most := (pub.N.BitLen()-1+7)/8 - h.hash.Size() - 2
-		if most < 0 || params.SaltLen > uint64(most) {
-			return nil, refuse(ckrMechanismParamInvalid, "%s with a salt of %d bytes; the key has room for %d", m.name, params.SaltLen, most)
+		// None is refused too: crypto/rsa has no word for it, as its 0 is the longest.
+		if params.SaltLen < 1 || most < 1 || params.SaltLen > uint64(most) {
+			return nil, refuse(ckrMechanismParamInvalid, "%s with a salt of %d bytes; with the key and hash it has 1 to %d", m.name, params.SaltLen, most)
 		}
 		return &rsa.PSSOptions{Hash: h.hash, SaltLength: int(params.SaltLen)}, nil
 	}

@@ -47,7 +47,7 @@ type Keys interface {
 	Chains(ctx context.Context) (map[string][][]byte, error)
 
 	// SignWith signs digest, which was made with opts.HashFunc(): RSA PKCS #1 v1.5, or
-	// PSS with a *rsa.PSSOptions of a salt length that is not negative; ECDSA, as r||s
+	// PSS with a *rsa.PSSOptions whose salt length is a number of bytes; ECDSA, as r||s
 	// of equal width, where a digest longer than the order is cut to it; Ed25519 with
 	// the digest's bytes as the message. note says what asked and with which request
 	// id: audited, never decided on. Errors wrap the sentinels of sigerr. It must

@@ -97,7 +97,7 @@ func TestMechanisms(t *testing.T) {
 		{"SHA512_RSA_PKCS", 0x42, nil, "rsa", crypto.SHA512, -1, true, false},
 		{"PSS SHA-256", 0xd, pss(0x250, 2, 32), "rsa", crypto.SHA256, 32, false, false},
 		{"PSS SHA-256, new form", 0xd, append([]byte{1}, pss(0x250, 2, 32)...), "rsa", crypto.SHA256, 32, false, false},
-		{"PSS SHA-384, no salt", 0xd, pss(0x260, 3, 0), "rsa", crypto.SHA384, 0, false, false},
+		{"PSS SHA-384, a short salt", 0xd, pss(0x260, 3, 1), "rsa", crypto.SHA384, 1, false, false},
 		{"PSS SHA-256, the longest salt", 0xd, pss(0x250, 2, 222), "rsa", crypto.SHA256, 222, false, false},
 		{"PSS SHA-512, the longest salt", 0xd, pss(0x270, 4, 190), "rsa", crypto.SHA512, 190, false, false},
 		{"SHA256_RSA_PKCS_PSS", 0x43, pss(0x250, 2, 32), "rsa", crypto.SHA256, 32, true, false},
@@ -262,6 +262,7 @@ func TestRefusedInit(t *testing.T) {
 		{"PSS with SHA-1", mech(0xd, pss(0x220, 1, 20)...), h(private, "rsa"), 0x71},
 		{"PSS with another mask", mech(0xd, pss(0x250, 1, 32)...), h(private, "rsa"), 0x71},
 		{"PSS with another hash than its name", mech(0x43, pss(0x260, 3, 48)...), h(private, "rsa"), 0x71},
+		{"PSS with no salt", mech(0xd, pss(0x250, 2, 0)...), h(private, "rsa"), 0x71},
 		{"PSS with too long a salt", mech(0xd, pss(0x250, 2, 223)...), h(private, "rsa"), 0x71},
 		{"PSS with a salt of 2^64-1", mech(0xd, pss(0x250, 2, 1<<64-1)...), h(private, "rsa"), 0x71},
 	} {

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	mrand "math/rand/v2"
 	"strings"
 	"sync"
@@ -179,6 +180,8 @@ type Request struct {
 	Message []byte
 	// Scheme; empty: the usual one of the key's algorithm.
 	Scheme keys.Scheme
+	// SaltLength is that of PSS, in bytes; 0: as long as the hash.
+	SaltLength int
 	// Format is what the signature is for; see the policy's formats.
 	Format string
 	// What is recorded of the artefact and never decided on.
@@ -216,7 +219,7 @@ func (r *Request) item() (*pb.SignItem, error) {
 	}
 	it := &pb.SignItem{
 		Id: r.ID, Key: r.Key, Digest: r.Digest, Message: r.Message, Hash: pb.HashAlgorithmOf(r.Hash),
-		Scheme: pb.SignatureSchemeOf(r.Scheme), Format: r.Format,
+		Scheme: pb.SignatureSchemeOf(r.Scheme), SaltLength: uint32(r.SaltLength), Format: r.Format,
 	}
 	if r.Claim != (Claim{}) {
 		// A file's name need not be UTF-8, and is recorded all the same.
@@ -225,6 +228,9 @@ func (r *Request) item() (*pb.SignItem, error) {
 			File: valid(r.Claim.File), ContentSha256: valid(r.Claim.ContentSHA256),
 			Nevra: valid(r.Claim.NEVRA), Note: valid(r.Claim.Note),
 		}
+	}
+	if r.SaltLength < 0 || r.SaltLength > math.MaxInt32 {
+		return nil, fmt.Errorf("%w: PSS salt of %d bytes", sigerr.Invalid, r.SaltLength)
 	}
 	if n := len(it.GetMessage()); n > MaxMessage {
 		return nil, fmt.Errorf("%w: the message to be signed has %d bytes; at most %d are sent", sigerr.Invalid, n, MaxMessage)

@@ -41,7 +41,7 @@ func (c *Client) Signer(ctx context.Context, key Key, format string, claim Claim
 func (s *Signer) Public() crypto.PublicKey { return s.key.PublicKey }
 
 // Sign implements crypto.Signer for digests: RSA PKCS #1 v1.5, or PSS with
-// [*rsa.PSSOptions] and a salt as long as the hash; ECDSA, as ASN.1; Ed25519
+// [*rsa.PSSOptions] and a salt as long as the hash, or of so many bytes; ECDSA, as ASN.1; Ed25519
 // over the digest's bytes, where opts must have the method
 // DigestHash() crypto.Hash, since the gateway decides on the hash and opts'
 // HashFunc is 0 for Ed25519. What it returns it has verified.
@@ -63,16 +63,18 @@ func (s *Signer) sign(digest, message []byte, opts crypto.SignerOpts) ([]byte, e
 		return nil, fmt.Errorf("%w: Ed25519ph is not made; the digest's bytes are signed as the message", sigerr.Invalid)
 	}
 	if pss, ok := opts.(*rsa.PSSOptions); ok {
-		if pss.SaltLength != rsa.PSSSaltLengthEqualsHash && pss.SaltLength != r.Hash.Size() {
-			return nil, fmt.Errorf("%w: PSS salt length %d; only a salt as long as the hash is made", sigerr.Invalid, pss.SaltLength)
-		}
+		var err error
 		r.Scheme = keys.PSS
+		r.SaltLength, err = keys.SaltLength(pss)
+		if err != nil {
+			return nil, err
+		}
 	}
 	sig, err := s.c.Sign(s.ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	if err := keys.Verify(s.key.PublicKey, sig.Scheme, r.Hash, digest, sig.Bytes); err != nil {
+	if err := keys.VerifySalted(s.key.PublicKey, sig.Scheme, r.Hash, r.SaltLength, digest, sig.Bytes); err != nil {
 		return nil, fmt.Errorf("%w: what the gateway returned for key %q does not verify: %w", sigerr.TokenFailed, s.key.Name, err)
 	}
 	if ec, ok := s.key.PublicKey.(*ecdsa.PublicKey); ok {
@@ -129,9 +131,10 @@ type Session struct {
 // listing is what the gateway last told of the keys that we may sign with, or why
 // it has not told anything yet.
 type listing struct {
-	keys  map[string]crypto.PublicKey
-	certs map[string][]byte // a key's own X.509 certificate, DER
-	err   error             // while there has been no list
+	keys   map[string]crypto.PublicKey
+	certs  map[string][]byte   // a key's own X.509 certificate, DER
+	chains map[string][][]byte // that, and its issuers'
+	err    error               // while there has been no list
 }
 
 // refreshKeys is how often a Session asks for the list of keys, and firstKeys how
@@ -162,12 +165,15 @@ func (s *Session) refresh(ctx context.Context) error {
 		}
 		return err
 	}
-	l := &listing{keys: make(map[string]crypto.PublicKey, len(all)), certs: make(map[string][]byte)}
+	l := &listing{keys: make(map[string]crypto.PublicKey, len(all)), certs: make(map[string][]byte), chains: make(map[string][][]byte)}
 	for _, k := range all {
 		if !k.MaySign {
 			continue
 		}
 		l.keys[k.Name] = k.PublicKey
+		for _, cert := range k.X509 {
+			l.chains[k.Name] = append(l.chains[k.Name], cert.Raw)
+		}
 		if len(k.X509) > 0 {
 			l.certs[k.Name] = k.X509[0].Raw
 		}
@@ -243,10 +249,34 @@ func (s *Session) Certificates(ctx context.Context) (map[string][]byte, error) {
 	return l.certs, nil
 }
 
+// Chains returns the X.509 certificates of those keys that have some, as DER: a
+// key's own, then its issuers'. The caller must not change the map.
+func (s *Session) Chains(ctx context.Context) (map[string][][]byte, error) {
+	l, err := s.listed(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return l.chains, nil
+}
+
 // Sign signs a digest by the usual scheme of the key; note is recorded. An error
 // names the request as the gateway's audit log does.
 func (s *Session) Sign(ctx context.Context, key string, hash crypto.Hash, digest []byte, note string) ([]byte, error) {
-	r := Request{ID: rand.Text(), Key: key, Digest: digest, Hash: hash, Format: s.format, Claim: Claim{Note: note}}
+	return s.SignWith(ctx, key, hash, digest, note)
+}
+
+// SignWith is Sign by what opts say: a hash, for the usual scheme of the key, or
+// *rsa.PSSOptions.
+func (s *Session) SignWith(ctx context.Context, key string, opts crypto.SignerOpts, digest []byte, note string) ([]byte, error) {
+	r := Request{ID: rand.Text(), Key: key, Digest: digest, Hash: opts.HashFunc(), Format: s.format, Claim: Claim{Note: note}}
+	if pss, ok := opts.(*rsa.PSSOptions); ok {
+		var err error
+		r.Scheme = keys.PSS
+		r.SaltLength, err = keys.SaltLength(pss)
+		if err != nil {
+			return nil, err
+		}
+	}
 	sig, err := s.c.Sign(ctx, r)
 	if err != nil {
 		return nil, fmt.Errorf("request %s: %w", r.ID, err)

@@ -91,7 +91,7 @@ const (
 	SignatureScheme_SIGNATURE_SCHEME_UNSPECIFIED SignatureScheme = 0
 	// RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2).
 	SignatureScheme_SIGNATURE_SCHEME_RSA_PKCS1V15 SignatureScheme = 1
-	// RSASSA-PSS (RFC 8017 section 8.1), MGF1 and salt length of the digest's hash.
+	// RSASSA-PSS (RFC 8017 section 8.1), MGF1 with the digest's hash; see salt_length.
 	SignatureScheme_SIGNATURE_SCHEME_RSA_PSS SignatureScheme = 2
 	// ECDSA (FIPS 186-5) over the digest, cut to the order's length.
 	SignatureScheme_SIGNATURE_SCHEME_ECDSA SignatureScheme = 3
@@ -457,7 +457,9 @@ type SignItem struct {
 	// hashes it and reads what it is, so that rules can decide on that. Format
 	// rpm: the package's main header, then the trailer that a version 4 OpenPGP
 	// signature hashes (RFC 9580 section 5.2.4). No other format has messages.
-	Message       []byte `protobuf:"bytes,8,opt,name=message,proto3" json:"message,omitempty"`
+	Message []byte `protobuf:"bytes,8,opt,name=message,proto3" json:"message,omitempty"`
+	// Length of the salt of RSA_PSS, in bytes. 0: as long as the hash.
+	SaltLength    uint32 `protobuf:"varint,9,opt,name=salt_length,json=saltLength,proto3" json:"salt_length,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -546,6 +548,13 @@ func (x *SignItem) GetMessage() []byte {
 		return x.Message
 	}
 	return nil
+}
+
+func (x *SignItem) GetSaltLength() uint32 {
+	if x != nil {
+		return x.SaltLength
+	}
+	return 0
 }
 
 // Claim is recorded in the audit log and never decided on.
@@ -804,7 +813,7 @@ const file_signwarden_v1_signing_proto_rawDesc = "" +
 	"\x05drain\x18\x03 \x01(\v2\x14.signwarden.v1.DrainR\x05drain\"\"\n" +
 	"\bSettings\x12\x16\n" +
 	"\x06window\x18\x01 \x01(\rR\x06window\"\a\n" +
-	"\x05Drain\"\x8c\x02\n" +
+	"\x05Drain\"\xad\x02\n" +
 	"\bSignItem\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x16\n" +
@@ -813,7 +822,9 @@ const file_signwarden_v1_signing_proto_rawDesc = "" +
 	"\x06scheme\x18\x05 \x01(\x0e2\x1e.signwarden.v1.SignatureSchemeR\x06scheme\x12\x16\n" +
 	"\x06format\x18\x06 \x01(\tR\x06format\x12*\n" +
 	"\x05claim\x18\a \x01(\v2\x14.signwarden.v1.ClaimR\x05claim\x12\x18\n" +
-	"\amessage\x18\b \x01(\fR\amessage\"l\n" +
+	"\amessage\x18\b \x01(\fR\amessage\x12\x1f\n" +
+	"\vsalt_length\x18\t \x01(\rR\n" +
+	"saltLength\"l\n" +
 	"\x05Claim\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12%\n" +
 	"\x0econtent_sha256\x18\x02 \x01(\tR\rcontentSha256\x12\x14\n" +

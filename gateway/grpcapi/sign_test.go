@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -115,7 +116,22 @@ func checkSigner(t *testing.T, s *service, cl *client.Client, k keys.Key) {
 				t.Errorf("PSS with salt length %d: %v", salt, err)
 			}
 		}
-		refused("another salt length", digest, &rsa.PSSOptions{Hash: crypto.SHA256, SaltLength: 20})
+		most := pub.Size() - 32 - 2
+		for _, salt := range []int{1, 20, most} {
+			before := s.Token.Signs()
+			sig, err = sg.Sign(rand.Reader, digest, &rsa.PSSOptions{Hash: crypto.SHA256, SaltLength: salt})
+			if err == nil {
+				err = rsa.VerifyPSS(pub, crypto.SHA256, digest, sig, &rsa.PSSOptions{SaltLength: salt})
+			}
+			if err != nil || s.Token.Signs() != before+1 {
+				t.Errorf("PSS with salt length %d: %v", salt, err)
+			}
+			if e := s.Store.Last(t); e.Detail != fmt.Sprintf("salt of %d bytes", salt) || e.Scheme != "rsa-pss" {
+				t.Errorf("audit entry %+v", e)
+			}
+		}
+		refused("a salt for which there is no room", digest, &rsa.PSSOptions{Hash: crypto.SHA256, SaltLength: most + 1})
+		refused("a negative salt length", digest, &rsa.PSSOptions{Hash: crypto.SHA256, SaltLength: -2})
 		refused("an automatic salt length", digest, &rsa.PSSOptions{Hash: crypto.SHA256})
 		certify(t, sg)
 	case *ecdsa.PublicKey:

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"runtime"
 	"runtime/debug"
 	"sync"
@@ -32,7 +33,7 @@ func request(it *pb.SignItem) gateway.Request {
 	c := it.GetClaim()
 	return gateway.Request{
 		ID: it.GetId(), Key: it.GetKey(), Digest: it.GetDigest(), Message: it.GetMessage(), Hash: it.GetHash().Hash(),
-		Scheme: it.GetScheme().Scheme(), Format: it.GetFormat(), FrontEnd: frontEnd,
+		Scheme: it.GetScheme().Scheme(), SaltLength: int(min(it.GetSaltLength(), math.MaxInt32)), Format: it.GetFormat(), FrontEnd: frontEnd,
 		Claim: gateway.Claim{File: c.GetFile(), ContentSHA256: c.GetContentSha256(), NEVRA: c.GetNevra(), Note: c.GetNote()},
 	}
 }

@@ -69,21 +69,63 @@ func HashName(h crypto.Hash) string {
 }
 
 // Options returns what to pass to a token for scheme s over a digest of h.
-func (s Scheme) Options(h crypto.Hash) crypto.SignerOpts {
+func (s Scheme) Options(h crypto.Hash) crypto.SignerOpts { return s.SaltedOptions(h, 0) }
+
+// SaltedOptions is Options with the length of PSS's salt in bytes; 0: as long as
+// the hash.
+func (s Scheme) SaltedOptions(h crypto.Hash, salt int) crypto.SignerOpts {
 	switch s {
 	case PSS:
-		return &rsa.PSSOptions{Hash: h, SaltLength: rsa.PSSSaltLengthEqualsHash}
+		if salt == 0 {
+			salt = rsa.PSSSaltLengthEqualsHash
+		}
+		return &rsa.PSSOptions{Hash: h, SaltLength: salt}
 	case EdDSA:
 		return crypto.Hash(0)
 	}
 	return h
 }
 
-// Verify checks a signature as it leaves the gateway: RSA as long as the
+// SaltLength is the length of PSS's salt that opts name, in bytes; 0: as long as
+// the hash. That the salt be as long as the key allows cannot be asked for.
+func SaltLength(opts *rsa.PSSOptions) (int, error) {
+	switch {
+	case opts.SaltLength == rsa.PSSSaltLengthEqualsHash:
+		return 0, nil
+	case opts.SaltLength > 0:
+		return opts.SaltLength, nil
+	}
+	return 0, fmt.Errorf("%w: PSS salt length %d; say how many bytes, or that it is as long as the hash", sigerr.Invalid, opts.SaltLength)
+}
+
+// CheckSalt refuses a length of PSS's salt that a scheme or a key has no use for.
+// 0 is as long as the hash; there is no way to ask for none.
+func CheckSalt(pub crypto.PublicKey, s Scheme, h crypto.Hash, salt int) error {
+	k, ok := pub.(*rsa.PublicKey)
+	switch {
+	case salt == 0:
+		return nil
+	case s != PSS || !ok:
+		return fmt.Errorf("%w: only RSA-PSS has a salt", sigerr.Invalid)
+	}
+	// RFC 8017 section 9.1.1: the encoded message has one bit less than the modulus.
+	if most := (k.N.BitLen()-1+7)/8 - h.Size() - 2; salt < 0 || salt > most {
+		return fmt.Errorf("%w: PSS salt of %d bytes; with this key and hash it has 1 to %d", sigerr.Invalid, salt, most)
+	}
+	return nil
+}
+
+// Verify checks a signature as it leaves the gateway, with a PSS salt as long as
+// the hash. See VerifySalted.
+func Verify(pub crypto.PublicKey, s Scheme, h crypto.Hash, digest, sig []byte) error {
+	return VerifySalted(pub, s, h, 0, digest, sig)
+}
+
+// VerifySalted checks a signature as it leaves the gateway: RSA as long as the
 // modulus, ECDSA as r||s of equal width, Ed25519 in 64 bytes. The digest must be
 // one of h, and h one of [Hashes]: crypto/rsa would take any bytes with a hash
 // of 0, and crypto/ecdsa a digest of any length. EdDSA has no use for h.
-func Verify(pub crypto.PublicKey, s Scheme, h crypto.Hash, digest, sig []byte) error {
+func VerifySalted(pub crypto.PublicKey, s Scheme, h crypto.Hash, salt int, digest, sig []byte) error {
 	if s != EdDSA && (HashName(h) == "" || len(digest) != h.Size()) {
 		return fmt.Errorf("%d bytes are no digest of a hash that is signed (crypto.Hash %d)", len(digest), h)
 	}
@@ -96,7 +138,10 @@ func Verify(pub crypto.PublicKey, s Scheme, h crypto.Hash, digest, sig []byte) e
 		case PKCS1v15:
 			return rsa.VerifyPKCS1v15(k, h, digest, sig)
 		case PSS:
-			return rsa.VerifyPSS(k, h, digest, sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash})
+			if salt == 0 {
+				salt = rsa.PSSSaltLengthEqualsHash
+			}
+			return rsa.VerifyPSS(k, h, digest, sig, &rsa.PSSOptions{SaltLength: salt})
 		}
 	case *ecdsa.PublicKey:
 		if s != ECDSA {

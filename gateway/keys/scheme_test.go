@@ -182,6 +182,61 @@ func TestVerifyPSSSalt(t *testing.T) {
 	}
 }
 
+// A salt of another length, where that was asked for: it verifies as such and as nothing else.
+func TestVerifySalted(t *testing.T) {
+	digest, pub := digestOf(crypto.SHA256, "text"), pairs()[keys.RSA2048].Public()
+	for _, salt := range []int{1, 20, 32, 222} {
+		sig := sign(t, keys.RSA2048, digest, keys.PSS.SaltedOptions(crypto.SHA256, salt))
+		for _, other := range []int{0, 1, 20, 32, 222} {
+			err := keys.VerifySalted(pub, keys.PSS, crypto.SHA256, other, digest, sig)
+			same := salt == other || salt == 32 && other == 0
+			if (err == nil) != same {
+				t.Errorf("salt of %d bytes, verified as one of %d: %v", salt, other, err)
+			}
+		}
+	}
+}
+
+func TestCheckSalt(t *testing.T) {
+	for _, tt := range []struct {
+		a    keys.Algorithm
+		s    keys.Scheme
+		h    crypto.Hash
+		salt int
+		ok   bool
+	}{
+		{keys.RSA2048, keys.PSS, crypto.SHA256, 0, true},
+		{keys.RSA2048, keys.PSS, crypto.SHA256, 1, true},
+		{keys.RSA2048, keys.PSS, crypto.SHA256, 222, true},
+		{keys.RSA2048, keys.PSS, crypto.SHA256, 223, false},
+		{keys.RSA2048, keys.PSS, crypto.SHA512, 190, true},
+		{keys.RSA2048, keys.PSS, crypto.SHA512, 191, false},
+		{keys.RSA4096, keys.PSS, crypto.SHA256, 478, true},
+		{keys.RSA4096, keys.PSS, crypto.SHA256, 479, false},
+		{keys.RSA2048, keys.PSS, crypto.SHA256, -1, false},
+		{keys.RSA2048, keys.PKCS1v15, crypto.SHA256, 0, true},
+		{keys.RSA2048, keys.PKCS1v15, crypto.SHA256, 32, false},
+		{keys.P256, keys.ECDSA, crypto.SHA256, 32, false},
+		{keys.Ed25519, keys.EdDSA, crypto.SHA256, 32, false},
+	} {
+		err := keys.CheckSalt(pairs()[tt.a].Public(), tt.s, tt.h, tt.salt)
+		if (err == nil) != tt.ok || err != nil && !errors.Is(err, sigerr.Invalid) {
+			t.Errorf("%s, %s, %v, %d: %v", tt.a, tt.s, tt.h, tt.salt, err)
+		}
+	}
+	for salt, want := range map[int]int{rsa.PSSSaltLengthEqualsHash: 0, 1: 1, 222: 222} {
+		got, err := keys.SaltLength(&rsa.PSSOptions{SaltLength: salt})
+		if err != nil || got != want {
+			t.Errorf("salt length %d is %d, %v", salt, got, err)
+		}
+	}
+	for _, salt := range []int{rsa.PSSSaltLengthAuto, -2} {
+		if got, err := keys.SaltLength(&rsa.PSSOptions{SaltLength: salt}); !errors.Is(err, sigerr.Invalid) {
+			t.Errorf("salt length %d is %d, %v", salt, got, err)
+		}
+	}
+}
+
 // A signature that begins with zeros keeps them; some tokens drop them, and
 // what they return is then not as long as the modulus.
 func TestVerifyShortRSA(t *testing.T) {
