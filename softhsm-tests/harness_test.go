@@ -29,7 +29,8 @@ func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
 	for _, tool := range []string{"fsverity", "veritysetup", "gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq", "openssl", "sqlite3",
-		"gpgsm", "debsign", "dscverify", "dpkg-buildpackage", "apt-ftparchive", "createrepo_c", "ssh", "/usr/sbin/sshd", "systemd-socket-activate", "nsenter", "setpriv"} {
+		"gpgsm", "debsign", "dscverify", "dpkg-buildpackage", "apt-ftparchive", "createrepo_c", "ssh", "/usr/sbin/sshd", "systemd-socket-activate", "nsenter", "setpriv",
+		"p11tool", "certtool", "jarsigner", "modutil", "evmctl"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			fmt.Fprintf(os.Stderr, "%v: run softhsm-tests/install-deps.sh\n", err)
 			return 1

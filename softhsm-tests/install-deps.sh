@@ -30,6 +30,18 @@ need sbverify sbsigntool sbsigntools
 need pesign pesign pesign
 need osslsigncode osslsigncode osslsigncode
 need sign-efi-sig-list efitools efitools
+need p11-kit p11-kit p11-kit
+need p11tool gnutls-bin gnutls-utils
+need certutil libnss3-tools nss-tools
+need jarsigner default-jdk-headless java-devel
+has() { # has DEB RPM FILE...: one of the files must be there
+    deb=$1 rpm=$2
+    shift 2
+    for f; do [ ! -e "$f" ] || return 0; done
+    missing_deb="$missing_deb $deb" missing_rpm="$missing_rpm $rpm"
+}
+has p11-kit-modules p11-kit-server /usr/lib/*/pkcs11/p11-kit-client.so /usr/lib64/pkcs11/p11-kit-client.so
+has libengine-pkcs11-openssl openssl-pkcs11 /usr/lib/*/engines-3/pkcs11.so /usr/lib64/engines-3/pkcs11.so
 need fsverity fsverity fsverity-utils
 need veritysetup cryptsetup-bin veritysetup
 need modinfo kmod kmod

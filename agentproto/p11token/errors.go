@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/signwarden/signwarden/agentproto/lease"
 	"github.com/signwarden/signwarden/agentproto/p11rpc"
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
@@ -70,6 +71,8 @@ func outcomeOf(err error) p11rpc.RV {
 	}
 	rv, ok = outcomes[sigerr.Kind(err)]
 	switch {
+	case errors.Is(err, lease.ErrSpent): // of its kind, but a second try does not help
+		return ckrFunctionRejected
 	case ok:
 		return rv
 	case errors.Is(err, context.DeadlineExceeded):

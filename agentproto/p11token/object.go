@@ -188,7 +188,7 @@ func (c *conn) build(old *view, pubs map[string]crypto.PublicKey, chains map[str
 		var entries []*entry
 		for _, name := range names {
 			_, isEd25519 := pubs[name].(ed25519.PublicKey)
-			if isEd25519 != s.ed25519 || !s.has(name) {
+			if isEd25519 != s.ed25519 || !s.has(name) || !c.srv.cfg.Lease.Shows(name) {
 				continue
 			}
 			if len(entries) == MaxKeys {

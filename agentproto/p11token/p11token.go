@@ -32,6 +32,7 @@ import (
 	"time"
 
 	"github.com/signwarden/signwarden/agentproto"
+	"github.com/signwarden/signwarden/agentproto/lease"
 	"github.com/signwarden/signwarden/agentproto/p11rpc"
 )
 
@@ -91,6 +92,9 @@ type Config struct {
 	// Groups are the tokens, at most MaxGroups; none: one of DefaultLabel with every key.
 	Groups []Group
 
+	// Lease bounds what all connections together may sign; nil: nothing does.
+	Lease *lease.Lease
+
 	SignTimeout time.Duration // 0: DefaultSignTimeout
 
 	// Logger of refusals and failures, with peer, request id, key and reason; nil discards.
@@ -147,8 +151,8 @@ func CheckGroups(groups []Group) error {
 		}
 		for _, glob := range g.Keys {
 			_, err := path.Match(glob, "")
-			if err != nil {
-				return fmt.Errorf("token %q: %q is no name or glob: %w", g.Label, glob, err)
+			if err != nil || glob == "" {
+				return fmt.Errorf("token %q: %q is no name or glob of a key", g.Label, glob)
 			}
 		}
 	}

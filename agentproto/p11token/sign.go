@@ -156,9 +156,19 @@ func (op *operation) digest(data []byte) (crypto.Hash, []byte, error) {
 	return hash, digest, err
 }
 
-// request asks Keys, and checks the form of what it gives: a signature of another
-// length would have the client read past or short of it.
-func (c *conn) request(ctx context.Context, op *operation, id string, hash crypto.Hash, digest []byte) ([]byte, error) {
+// request asks Keys if the lease leaves a signature; what fails costs it none. It checks the
+// form of what Keys gives: a signature of another length would have the client read past
+// or short of it.
+func (c *conn) request(ctx context.Context, op *operation, id string, hash crypto.Hash, digest []byte) (sig []byte, err error) {
+	giveBack, err := c.srv.cfg.Lease.Take()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			giveBack()
+		}
+	}()
 	ctx, cancel := context.WithTimeout(ctx, c.srv.cfg.SignTimeout)
 	defer cancel()
 	var opts crypto.SignerOpts = hash
@@ -166,7 +176,7 @@ func (c *conn) request(ctx context.Context, op *operation, id string, hash crypt
 		opts = op.pss
 	}
 	note := fmt.Sprintf("request %s, mechanism %s, program %s", id, op.mech.name, c.program)
-	sig, err := c.keys.SignWith(ctx, op.key.name, opts, bytes.Clone(digest), note)
+	sig, err = c.keys.SignWith(ctx, op.key.name, opts, bytes.Clone(digest), note)
 	if err != nil {
 		if sigerr.Kind(err) == nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			err = fmt.Errorf("%w: %w", sigerr.Timeout, err) // whatever a broken-off call said

@@ -153,6 +153,7 @@ func TestCheckGroups(t *testing.T) {
 		{"one begins with the other", []p11token.Group{{"gw", all}, {"gwed", all}}, "begin"},
 		{"ours", []p11token.Group{{"ed25519-x", all}}, "Ed25519"},
 		{"no keys", []p11token.Group{{"a", nil}}, "no keys"},
+		{"an empty glob", []p11token.Group{{"a", []string{"x", ""}}}, "glob"},
 		{"a bad glob", []p11token.Group{{"a", []string{"[a"}}}, "glob"},
 		{"too many", make([]p11token.Group, 65), "64"},
 	} {

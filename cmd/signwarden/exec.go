@@ -33,17 +33,23 @@ func (a *app) execCommand() *cobra.Command {
 	var roots []string
 	c := &cobra.Command{
 		Use:   "exec -- COMMAND [ARG]...",
-		Short: "Run a command whose gpg signs through the gateway",
+		Short: "Run a command whose gpg and PKCS #11 tools sign through the gateway",
 		Long: `exec runs a command in a GNUPGHOME of its own, in which gpg finds an agent that
 signs with the keys you may use, and their certificates. Nothing in your own
 GNUPGHOME is read or changed, and everything is gone when the command has ended.
 Signals are passed on; the exit code is the command's.
 
-Name a key to gpg by its user id, address or fingerprint: signwarden key list. gpgsm
+The command also finds those keys and their X.509 certificates in a PKCS #11 token,
+"signwarden", through p11-kit: P11_KIT_SERVER_ADDRESS, PKCS11_MODULE_PATH,
+PKCS11_PROVIDER_MODULE and OPENSSL_CONF are set for it. No PIN is asked for.
+
+Name a key to gpg by its user id, address or fingerprint: signwarden key list; to
+PKCS #11 tools by its name, like pkcs11:token=signwarden;object=NAME;type=private. gpgsm
 has the X.509 certificates of keys; one that a CA has issued needs its --trusted-root.`,
 		Example: `  signwarden exec -- rpmsign --define '_gpg_name release@example.org' --addsign x.rpm
   signwarden exec -- gpg --detach-sign --local-user release@example.org SHA256SUMS
-  signwarden exec -- git tag -s -u release@example.org v1.0`,
+  signwarden exec -- git tag -s -u release@example.org v1.0
+  signwarden exec -- sign-file sha256 pkcs11:object=kmod kmod.pem driver.ko`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.with(func(c *client.Client) error { return a.exec(cmd.Context(), c, roots, argv) })
@@ -67,9 +73,11 @@ func (a *app) exec(ctx context.Context, c *client.Client, roots, argv []string) 
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGCONT)
 	defer signal.Stop(signals)
 
-	session, err := c.Session(ctx, "openpgp")
-	if err != nil {
-		return pending(signals, err)
+	sessions := map[string]*client.Session{}
+	for _, p := range protocols {
+		if sessions[p.format], err = c.Session(ctx, p.format); err != nil {
+			return pending(signals, err)
+		}
 	}
 	certs, err := certificates(ctx, c)
 	if err != nil {
@@ -83,9 +91,15 @@ func (a *app) exec(ctx context.Context, c *client.Client, roots, argv []string) 
 	if err := home.populate(certs, roots); err != nil {
 		return err
 	}
-	agent, err := a.startSockets(func(string) *client.Session { return session }, []socket{{
-		protocol: "gpg", path: home.socket, conf: config.Socket{TrustedRoots: roots},
-	}})
+	p11 := filepath.Join(home.dir, "p11")
+	env, err := p11Environment(home.dir, p11, home.env)
+	if err != nil {
+		return err
+	}
+	agent, err := a.startSockets(func(format string) *client.Session { return sessions[format] }, []socket{
+		{protocol: "gpg", path: home.socket, conf: config.Socket{TrustedRoots: roots}},
+		{protocol: "p11", path: p11},
+	})
 	if err != nil {
 		return err
 	}
@@ -97,7 +111,7 @@ func (a *app) exec(ctx context.Context, c *client.Client, roots, argv []string) 
 	cmd := exec.Command(program, a.forRPM(argv)[1:]...)
 	cmd.Args[0] = argv[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = a.in, os.Stdout, os.Stderr
-	cmd.Env = home.env
+	cmd.Env = env
 	if err := cmd.Start(); err != nil {
 		a.say("signwarden: %v", err)
 		return silent(exitNotExecutable)

@@ -35,20 +35,30 @@ type handler = func(ctx context.Context, c net.Conn, p agentproto.Peer)
 type protocol struct {
 	words  string // for people
 	format string // of the requests that it makes
-	serve  func(keys *client.Session, bounds *lease.Lease, roots []string, log *slog.Logger) (handler, error)
+	serve  func(serving) (handler, error)
+}
+
+// serving is what a socket is served with.
+type serving struct {
+	conf   config.Socket
+	keys   *client.Session
+	bounds *lease.Lease
+	roots  []string
+	log    *slog.Logger
 }
 
 // protocols by the name that the sockets' descriptors begin with.
 var protocols = map[string]protocol{
 	"gpg": {"gpg-agent", "openpgp", serveGPG},
+	"p11": {"PKCS #11", formatPKCS11, serveP11},
 }
 
-func serveGPG(keys *client.Session, bounds *lease.Lease, roots []string, log *slog.Logger) (handler, error) {
+func serveGPG(s serving) (handler, error) {
 	srv, err := gpgagent.New(gpgagent.Config{
-		Keys:         func(agentproto.Peer) (gpgagent.Keys, error) { return keys, nil },
-		Lease:        bounds,
-		TrustedRoots: roots,
-		Logger:       log,
+		Keys:         func(agentproto.Peer) (gpgagent.Keys, error) { return s.keys, nil },
+		Lease:        s.bounds,
+		TrustedRoots: s.roots,
+		Logger:       s.log,
 	})
 	if err != nil {
 		return nil, err
@@ -126,7 +136,7 @@ func (s *served) listen(session func(format string) *client.Session, want socket
 		keys = session(p.format)
 		s.sessions[p.format] = keys
 	}
-	serve, err := p.serve(keys, bounds, roots, log.With("socket", l.Path()))
+	serve, err := p.serve(serving{want.conf, keys, bounds, roots, log.With("socket", l.Path())})
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
