@@ -22,6 +22,8 @@ import (
 // agentFlags say which sockets to serve.
 type agentFlags struct {
 	gpg    []string // paths and words
+	p11    []string
+	tokens []string // of p11
 	bounds config.Socket
 	file   string
 	fromFD bool
@@ -30,25 +32,32 @@ type agentFlags struct {
 func (a *app) agentCommand() *cobra.Command {
 	var f agentFlags
 	c := &cobra.Command{
-		Use:   "agent --gpg-socket PATH|auto|extra",
+		Use:   "agent [--gpg-socket PATH|auto|extra] [--p11-socket PATH|auto]",
 		Short: "Serve agent sockets on this host",
 		Long: `agent serves agent sockets until it is ended: unmodified gpg, gpgsm, rpmsign, git and
-debsign sign through them with the keys that you may use. It answers everything but
-the signing itself from memory. The sockets are for your own uid.
+debsign sign through them with the keys that you may use, and tools that load keys
+by PKCS#11. It answers everything but the signing itself from memory. The sockets are
+for your own uid.
 
-"auto" is where gpg looks for its agent, gpgconf --list-dirs agent-socket; "extra" is
+For a gpg-agent socket, "auto" is where gpg looks for its agent, gpgconf --list-dirs agent-socket; "extra" is
 the agent-extra-socket, for forwarding through SSH. signwarden agent setup makes a
 GNUPGHOME ready. A socket can have bounds of its own: which keys it shows, for how long
-it signs, and how often. With --gpg-socket the flags give those of each socket named;
-in the file of --config, or agent.yaml beside the client profile, each entry has its own:
+it signs, and how often. The flags give those of each socket that --gpg-socket and
+--p11-socket name; in the file of --config, or agent.yaml beside the client profile, each entry has its own:
 
   sockets:
     - gpg_socket: auto
     - {gpg_socket: /run/user/1000/jobs/17/S.gpg-agent, keys: ["nightly-*"], lifetime: 2h, signatures: 500}
 
+At a PKCS#11 socket, tools that load p11-kit-client.so find the keys and their X.509
+certificates in a token "signwarden", or in those of --p11-token, and sign without a PIN.
+There "auto" is where p11-kit's client looks by itself, $XDG_RUNTIME_DIR/p11-kit/pkcs11;
+for another path set P11_KIT_SERVER_ADDRESS=unix:path=PATH.
+
 It starts while the gateway is away too: tools are told "Not operational" until it answers.`,
 		Example: `  signwarden agent --gpg-socket auto
-  signwarden agent --gpg-socket ~/jobs/17/S.gpg-agent --keys 'nightly-*' --lifetime 2h --signatures 500`,
+  signwarden agent --gpg-socket ~/jobs/17/S.gpg-agent --keys 'nightly-*' --lifetime 2h --signatures 500
+  signwarden agent --gpg-socket auto --p11-socket auto`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			all, err := a.sockets(&f)
@@ -60,6 +69,8 @@ It starts while the gateway is away too: tools are told "Not operational" until 
 	}
 	fl := c.Flags()
 	fl.StringArrayVar(&f.gpg, "gpg-socket", nil, "path of a gpg-agent socket, auto, or extra; more than once")
+	fl.StringArrayVar(&f.p11, "p11-socket", nil, "path of a PKCS#11 socket, or auto; more than once")
+	addTokenFlag(c, &f.tokens)
 	fl.StringArrayVar(&f.bounds.Keys, "keys", nil, "name or glob of keys that the socket shows (default: all that you may sign with)")
 	fl.DurationVar((*time.Duration)(&f.bounds.Lifetime), "lifetime", 0, "how long the socket signs, like 2h (default: no bound)")
 	fl.IntVar(&f.bounds.Signatures, "signatures", 0, "how many signatures the socket gives (default: no bound)")
@@ -68,6 +79,8 @@ It starts while the gateway is away too: tools are told "Not operational" until 
 	fl.BoolVar(&f.fromFD, "systemd", false, "serve the sockets that systemd passes (LISTEN_FDS)")
 	c.MarkFlagsMutuallyExclusive("gpg-socket", "config")
 	c.MarkFlagsMutuallyExclusive("gpg-socket", "systemd")
+	c.MarkFlagsMutuallyExclusive("p11-socket", "config")
+	c.MarkFlagsMutuallyExclusive("p11-socket", "systemd")
 	c.AddCommand(a.agentSetupCommand())
 	return c
 }
@@ -88,15 +101,15 @@ func (a *app) sockets(f *agentFlags) ([]socket, error) {
 	}
 	var all []socket
 	for _, conf := range confs {
-		s := socket{protocol: "gpg", conf: conf}
-		name, isFD := strings.CutPrefix(conf.GPGSocket, config.WordFD)
+		s := socket{protocol: conf.Protocol(), conf: conf}
+		name, isFD := strings.CutPrefix(conf.Path(), config.WordFD)
 		if isFD {
 			s.file = passed[name]
 			delete(passed, name)
 			if s.file == nil {
-				return nil, exit.UsageError("gpg_socket: systemd passes no descriptor named %q: is that the FileDescriptorName of a socket unit, and was --systemd given?", name)
+				return nil, exit.UsageError("socket: systemd passes no descriptor named %q: is that the FileDescriptorName of a socket unit, and was --systemd given?", name)
 			}
-		} else if s.path, err = gpgSocket(conf.GPGSocket, os.Environ()); err != nil {
+		} else if s.path, err = resolve(conf); err != nil {
 			return nil, err
 		}
 		all = append(all, s)
@@ -104,10 +117,14 @@ func (a *app) sockets(f *agentFlags) ([]socket, error) {
 	// What is passed and not in the file is served without bounds.
 	for name, file := range passed {
 		protocol, _, _ := strings.Cut(name, "-")
-		all = append(all, socket{protocol: protocol, file: file, conf: config.Socket{GPGSocket: config.WordFD + name}})
+		conf := config.Socket{GPGSocket: config.WordFD + name}
+		if protocol == config.ProtocolP11 {
+			conf = config.Socket{P11Socket: config.WordFD + name}
+		}
+		all = append(all, socket{protocol: protocol, file: file, conf: conf})
 	}
 	if len(all) == 0 {
-		return nil, exit.Hint(exit.UsageError("it is not said which sockets to serve"), "--gpg-socket auto, --config FILE or --systemd; see `signwarden agent --help`")
+		return nil, exit.Hint(exit.UsageError("it is not said which sockets to serve"), "--gpg-socket auto, --p11-socket auto, --config FILE or --systemd; see `signwarden agent --help`")
 	}
 	return all, nil
 }
@@ -127,11 +144,12 @@ func (a *app) socketConfigs(f *agentFlags) ([]config.Socket, error) {
 		}
 		confs = append(confs, s)
 	}
-	if len(confs) > 0 {
-		return confs, nil
+	more, err := f.p11Configs()
+	if confs = append(confs, more...); err != nil || len(confs) > 0 {
+		return confs, err
 	}
 	if len(f.bounds.Keys) > 0 || f.bounds.Lifetime != 0 || f.bounds.Signatures != 0 || len(f.bounds.TrustedRoots) > 0 {
-		return nil, exit.UsageError("--keys, --lifetime, --signatures and --trusted-root are for --gpg-socket; other sockets have them in a file")
+		return nil, exit.UsageError("--keys, --lifetime, --signatures and --trusted-root are for --gpg-socket and --p11-socket; other sockets have them in a file")
 	}
 	file := f.file
 	if file == "" {
@@ -146,6 +164,40 @@ func (a *app) socketConfigs(f *agentFlags) ([]config.Socket, error) {
 		return nil, nil
 	}
 	return conf.Sockets, err
+}
+
+// p11Configs are what the flags say of PKCS#11 sockets.
+func (f *agentFlags) p11Configs() ([]config.Socket, error) {
+	tokens, err := parseTokens(f.tokens)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(tokens) > 0 && len(f.p11) == 0:
+		return nil, exit.UsageError("--p11-token is for --p11-socket")
+	case len(f.bounds.TrustedRoots) > 0 && len(f.p11) > 0 && len(f.gpg) == 0:
+		return nil, exit.UsageError("--trusted-root is for --gpg-socket")
+	}
+	var confs []config.Socket
+	for _, path := range f.p11 {
+		s := f.bounds
+		s.TrustedRoots, s.P11Socket, s.P11Tokens = nil, path, tokens
+		if err := s.Check(); err != nil {
+			return nil, exit.UsageError("%w", err)
+		}
+		if strings.HasPrefix(path, config.WordFD) {
+			return nil, exit.UsageError("--p11-socket: %s is for the file of --config", path)
+		}
+		confs = append(confs, s)
+	}
+	return confs, nil
+}
+
+// resolve is the path that a socket's word stands for.
+func resolve(s config.Socket) (string, error) {
+	if s.Protocol() == config.ProtocolP11 {
+		return p11Socket(s.P11Socket)
+	}
+	return gpgSocket(s.GPGSocket, os.Environ())
 }
 
 // serveAgents serves until ctx ends.

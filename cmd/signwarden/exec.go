@@ -97,8 +97,8 @@ func (a *app) exec(ctx context.Context, c *client.Client, roots, argv []string) 
 		return err
 	}
 	agent, err := a.startSockets(func(format string) *client.Session { return sessions[format] }, []socket{
-		{protocol: "gpg", path: home.socket, conf: config.Socket{TrustedRoots: roots}},
-		{protocol: "p11", path: p11},
+		{protocol: config.ProtocolGPG, path: home.socket, conf: config.Socket{TrustedRoots: roots}},
+		{protocol: config.ProtocolP11, path: p11},
 	})
 	if err != nil {
 		return err

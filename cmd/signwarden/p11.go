@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -15,7 +16,9 @@ import (
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/p11token"
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/cmd/internal/sockets"
 	"github.com/signwarden/signwarden/gateway/client"
+	"github.com/signwarden/signwarden/gateway/config"
 )
 
 // formatPKCS11 is the format of what is signed for a PKCS #11 client: what its program
@@ -39,11 +42,12 @@ It holds no key and asks for no PIN. Signatures are made in the format pkcs11.`,
     --key 'pkcs11:token=signwarden;object=boot;type=private' --cert boot.pem linux.efi`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			groups, err := parseTokens(tokens)
+			parsed, err := parseTokens(tokens)
 			if err != nil {
 				return err
 			}
-			return a.with(func(c *client.Client) error { return a.serveStdio(cmd.Context(), c, groups) })
+			conf := config.Socket{P11Tokens: parsed}
+			return a.with(func(c *client.Client) error { return a.serveStdio(cmd.Context(), c, conf) })
 		},
 	}
 	c.Flags().Bool("stdio", false, "serve the process that is at standard input and output")
@@ -57,30 +61,48 @@ func addTokenFlag(c *cobra.Command, tokens *[]string) {
 }
 
 // parseTokens reads LABEL=NAME,NAME,... for each token.
-func parseTokens(tokens []string) ([]p11token.Group, error) {
-	var groups []p11token.Group
+func parseTokens(tokens []string) ([]config.P11Token, error) {
+	var out []config.P11Token
 	for _, text := range tokens {
 		label, keys, ok := strings.Cut(text, "=")
 		if !ok {
 			return nil, exit.UsageError("--p11-token %q is not LABEL=NAME,NAME,...", text)
 		}
-		groups = append(groups, p11token.Group{Label: label, Keys: strings.Split(keys, ",")})
+		out = append(out, config.P11Token{Label: label, Keys: strings.Split(keys, ",")})
 	}
-	if err := p11token.CheckGroups(groups); err != nil {
+	if _, err := sockets.Tokens(config.Socket{P11Tokens: out}); err != nil {
 		return nil, exit.UsageError("--p11-token: %w", err)
 	}
-	return groups, nil
+	return out, nil
+}
+
+// p11Socket resolves the word auto: where p11-kit's client looks for a server that no
+// environment variable names.
+func p11Socket(path string) (string, error) {
+	if path != config.WordAuto {
+		return filepath.Abs(path)
+	}
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if dir == "" {
+		return "", exit.Hint(errors.New("XDG_RUNTIME_DIR is not set, so p11-kit has no place for its socket"),
+			"name a path, and give it to tools: P11_KIT_SERVER_ADDRESS=unix:path=PATH")
+	}
+	return filepath.Join(dir, "p11-kit", "pkcs11"), nil
 }
 
 func serveP11(s serving) (handler, error) {
-	srv, err := newP11Server(s, nil)
+	srv, err := newP11Server(s)
 	if err != nil {
 		return nil, err
 	}
 	return srv.ServeConn, nil
 }
 
-func newP11Server(s serving, groups []p11token.Group) (*p11token.Server, error) {
+func newP11Server(s serving) (*p11token.Server, error) {
+	groups, err := sockets.Tokens(s.conf)
+	if err != nil {
+		return nil, err
+	}
 	return p11token.New(p11token.Config{
 		Keys:   func(agentproto.Peer) (p11token.Keys, error) { return s.keys, nil },
 		Groups: groups,
@@ -90,7 +112,7 @@ func newP11Server(s serving, groups []p11token.Group) (*p11token.Server, error) 
 }
 
 // serveStdio serves the process at standard input and output until it hangs up.
-func (a *app) serveStdio(ctx context.Context, c *client.Client, groups []p11token.Group) error {
+func (a *app) serveStdio(ctx context.Context, c *client.Client, conf config.Socket) error {
 	conn, err := newStdioConn()
 	if err != nil {
 		return err
@@ -99,7 +121,7 @@ func (a *app) serveStdio(ctx context.Context, c *client.Client, groups []p11toke
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
-	srv, err := newP11Server(serving{keys: session, log: a.log}, groups)
+	srv, err := newP11Server(serving{conf: conf, keys: session, log: a.log})
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}

@@ -49,8 +49,8 @@ type serving struct {
 
 // protocols by the name that the sockets' descriptors begin with.
 var protocols = map[string]protocol{
-	"gpg": {"gpg-agent", "openpgp", serveGPG},
-	"p11": {"PKCS #11", formatPKCS11, serveP11},
+	config.ProtocolGPG: {"gpg-agent", "openpgp", serveGPG},
+	config.ProtocolP11: {"PKCS#11", formatPKCS11, serveP11},
 }
 
 func serveGPG(s serving) (handler, error) {
@@ -120,8 +120,8 @@ func (a *app) startSockets(session func(format string) *client.Session, all []so
 func (s *served) listen(session func(format string) *client.Session, want socket, log *slog.Logger) error {
 	p, ok := protocols[want.protocol]
 	if !ok {
-		return exit.UsageError("systemd passes a descriptor named %q: FileDescriptorName must be the protocol, like gpg, or begin with it, like gpg-job",
-			strings.TrimPrefix(want.conf.GPGSocket, config.WordFD))
+		return exit.UsageError("systemd passes a descriptor named %q: FileDescriptorName must be the protocol, gpg or p11, or begin with it, like gpg-job",
+			strings.TrimPrefix(want.conf.Path(), config.WordFD))
 	}
 	bounds, roots, err := sockets.Bounds(want.conf)
 	if err != nil {

@@ -61,7 +61,10 @@ func check(ctx context.Context, d *dirFlags, out io.Writer) error {
 	}
 	for _, a := range conf.Agents {
 		_, roots, err := sockets.Bounds(a.Socket)
-		r.result("agent socket", err, "%s for %s, %d trusted roots", a.GPGSocket, a.Principal, len(roots))
+		if err == nil {
+			_, err = sockets.Tokens(a.Socket)
+		}
+		r.result("agent socket", err, "%s for %s, %d trusted roots", a.Path(), a.Principal, len(roots))
 	}
 	r.certificates(conf.TLS)
 	state, stored := r.store(ctx, conf.Store)

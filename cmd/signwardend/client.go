@@ -44,7 +44,7 @@ func clientCreate(d *dirFlags, name, address string, life time.Duration) error {
 	}
 	for _, agent := range conf.Agents {
 		if agent.Principal == name {
-			return exit.Hint(fmt.Errorf("%q is the principal of the local users of %s; a certificate of that name would be them", name, agent.GPGSocket),
+			return exit.Hint(fmt.Errorf("%q is the principal of the local users of %s; a certificate of that name would be them", name, agent.Path()),
 				"choose another name")
 		}
 	}

@@ -314,9 +314,8 @@ const configHead = `# The gateway's configuration. Paths are relative to this fi
 #
 # Sockets for users of this host:
 # agents:
-#   - gpg_socket: /run/signwarden/S.gpg-agent
-#     principal: local-builds
-#     uids: [1000]
+#   - {gpg_socket: /run/signwarden/S.gpg-agent, principal: local-builds, uids: [1000]}
+#   - {p11_socket: /run/signwarden/p11, principal: local-builds, uids: [1000]}
 
 `
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/gpgagent"
+	"github.com/signwarden/signwarden/agentproto/p11token"
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/cmd/internal/sockets"
 	"github.com/signwarden/signwarden/gateway"
@@ -162,7 +163,7 @@ type agent struct {
 func (a *agents) apply(ctx context.Context, want []config.Agent) error {
 	keep := map[string]config.Agent{}
 	for _, w := range want {
-		keep[w.GPGSocket] = w
+		keep[w.Path()] = w
 	}
 	for path, r := range a.running {
 		if w, ok := keep[path]; !ok || !reflect.DeepEqual(w, r.conf) {
@@ -172,12 +173,12 @@ func (a *agents) apply(ctx context.Context, want []config.Agent) error {
 	}
 	var first error
 	for _, w := range want {
-		if a.running[w.GPGSocket] != nil {
+		if a.running[w.Path()] != nil {
 			continue
 		}
 		r, err := a.start(ctx, w)
 		if err == nil {
-			a.running[w.GPGSocket] = r
+			a.running[w.Path()] = r
 		} else if first == nil {
 			first = err
 		}
@@ -186,37 +187,60 @@ func (a *agents) apply(ctx context.Context, want []config.Agent) error {
 }
 
 func (a *agents) start(ctx context.Context, conf config.Agent) (*agent, error) {
-	bounds, roots, err := sockets.Bounds(conf.Socket)
+	serve, err := a.handler(conf)
 	if err != nil {
-		return nil, fmt.Errorf("agent socket %s: %w", conf.GPGSocket, err)
+		return nil, fmt.Errorf("agent socket %s: %w", conf.Path(), err)
 	}
-	l, err := agentproto.Listen(agentproto.Config{Path: conf.GPGSocket, UIDs: conf.UIDs, GIDs: conf.GIDs, Logger: a.log})
+	l, err := agentproto.Listen(agentproto.Config{Path: conf.Path(), UIDs: conf.UIDs, GIDs: conf.GIDs, Logger: a.log})
 	if err != nil {
-		return nil, fmt.Errorf("agent socket %s: %w", conf.GPGSocket, err)
-	}
-	srv, err := gpgagent.New(gpgagent.Config{
-		Lease: bounds, TrustedRoots: roots,
-		Keys: func(peer agentproto.Peer) (gpgagent.Keys, error) {
-			p, err := ident.FromPeer(peer.UID, conf.Principal)
-			if err != nil {
-				return nil, err
-			}
-			return a.gateway.Session(p, "gpg-agent", "openpgp"), nil
-		},
-		Logger: a.log.With("socket", conf.GPGSocket),
-	})
-	if err != nil {
-		l.Close()
-		return nil, err
+		return nil, fmt.Errorf("agent socket %s: %w", conf.Path(), err)
 	}
 	ctx, stop := context.WithCancel(ctx)
 	r := &agent{conf: conf, stop: stop}
 	r.wg.Go(func() {
-		if err := l.Serve(ctx, srv.ServeConn); err != nil {
-			a.log.Error("agent socket", "path", conf.GPGSocket, "error", err)
+		if err := l.Serve(ctx, serve); err != nil {
+			a.log.Error("agent socket", "path", conf.Path(), "error", err)
 		}
 	})
 	return r, nil
+}
+
+// handler serves one connection of a socket that comes up now.
+func (a *agents) handler(conf config.Agent) (func(context.Context, net.Conn, agentproto.Peer), error) {
+	bounds, roots, err := sockets.Bounds(conf.Socket)
+	if err != nil {
+		return nil, err
+	}
+	session := func(peer agentproto.Peer, frontEnd, format string) (*gateway.Session, error) {
+		p, err := ident.FromPeer(peer.UID, conf.Principal)
+		if err != nil {
+			return nil, err
+		}
+		return a.gateway.Session(p, frontEnd, format), nil
+	}
+	log := a.log.With("socket", conf.Path())
+	if conf.Protocol() == config.ProtocolP11 {
+		groups, err := sockets.Tokens(conf.Socket)
+		if err != nil {
+			return nil, err
+		}
+		srv, err := p11token.New(p11token.Config{
+			Lease: bounds, Groups: groups, Logger: log,
+			Keys: func(peer agentproto.Peer) (p11token.Keys, error) { return session(peer, "pkcs11", "pkcs11") },
+		})
+		if err != nil {
+			return nil, err
+		}
+		return srv.ServeConn, nil
+	}
+	srv, err := gpgagent.New(gpgagent.Config{
+		Lease: bounds, TrustedRoots: roots, Logger: log,
+		Keys: func(peer agentproto.Peer) (gpgagent.Keys, error) { return session(peer, "gpg-agent", "openpgp") },
+	})
+	if err != nil {
+		return nil, err
+	}
+	return srv.ServeConn, nil
 }
 
 func (r *agent) end() {
@@ -234,11 +258,14 @@ func (a *agents) stop() {
 	}
 }
 
+// protocolWords are for people.
+var protocolWords = map[string]string{config.ProtocolGPG: "gpg-agent", config.ProtocolP11: "PKCS#11"}
+
 // String is for the line that says where the gateway listens.
 func (a *agents) String() string {
 	var b strings.Builder
 	for path, r := range a.running {
-		fmt.Fprintf(&b, ", gpg-agent for %s on %s", r.conf.Principal, path)
+		fmt.Fprintf(&b, ", %s for %s on %s", protocolWords[r.conf.Protocol()], r.conf.Principal, path)
 	}
 	return b.String()
 }

@@ -24,6 +24,7 @@ store: {sqlite: db.sqlite}
 agents:
   - {gpg_socket: S.gpg-agent, principal: builder, uids: [0, 1000]}
   - {gpg_socket: /run/s, principal: job, gids: [100], keys: ["nightly-*"], lifetime: 8h, signatures: 500, trusted_roots: [root.pem]}
+  - {p11_socket: p11, principal: builder, uids: [0], p11_tokens: [{label: boot, keys: ["sb-*"]}]}
 limits: {sign_timeout: 10s, in_flight: 7}
 `
 
@@ -51,6 +52,10 @@ func TestLoad(t *testing.T) {
 				GPGSocket: "/run/s", Keys: []string{"nightly-*"}, Lifetime: config.Duration(8 * time.Hour), Signatures: 500,
 				TrustedRoots: []string{at("root.pem")},
 			}, Principal: "job", GIDs: []uint32{100}},
+			{
+				Socket:    config.Socket{P11Socket: at("p11"), P11Tokens: []config.P11Token{{Label: "boot", Keys: []string{"sb-*"}}}},
+				Principal: "builder", UIDs: []uint32{0},
+			},
 		},
 		Limits: config.Limits{SignTimeout: config.Duration(10 * time.Second), InFlight: 7},
 	}
@@ -79,6 +84,12 @@ func TestParseErrors(t *testing.T) {
 		{"negative lifetime", "lifetime: 8h", "lifetime: -8h", "no duration"},
 		{"neither uids nor gids", "gids: [100], ", "", "agents[1].uids is missing"},
 		{"twice", "agents:\n", "agents:\n  - {gpg_socket: S.gpg-agent, principal: x, uids: [0]}\n", "agents[1].gpg_socket"},
+		{"twice, another protocol", "p11_socket: p11", "p11_socket: S.gpg-agent", "agents[2].p11_socket"},
+		{"no socket", "p11_socket: p11, ", "", "agents[2].gpg_socket is missing, and so is p11_socket"},
+		{"two sockets", "p11_socket: p11", "p11_socket: p11, gpg_socket: gpg", "agents[2].p11_socket: the entry has a gpg_socket"},
+		{"tokens of no socket", "p11_socket: p11", "gpg_socket: gpg", "agents[2].p11_tokens"},
+		{"gpgsm's roots", "p11_socket: p11", "p11_socket: p11, trusted_roots: [a]", "agents[2].trusted_roots"},
+		{"word for another protocol", "p11_socket: p11", "p11_socket: auto", "agents[2].p11_socket: auto is no path"},
 		{"duplicate", "store:", "listen: 1.2.3.4:1\nstore:", "listen"},
 		{"second document", "limits:", "---\nlimits:", "second YAML document"},
 		{"empty", good, "", "empty"},
@@ -114,18 +125,22 @@ func TestLoadAgent(t *testing.T) {
   - {gpg_socket: extra, keys: [release], lifetime: 1h, signatures: 10, trusted_roots: [root.pem]}
   - {gpg_socket: "fd:gpg-job"}
   - {gpg_socket: job/S.gpg-agent}
+  - {p11_socket: auto, signatures: 3}
 `)
 	want := config.AgentFile{Sockets: []config.Socket{
 		{GPGSocket: "auto"},
 		{GPGSocket: "extra", Keys: []string{"release"}, Lifetime: config.Duration(time.Hour), Signatures: 10, TrustedRoots: []string{filepath.Join(dir, "root.pem")}},
 		{GPGSocket: "fd:gpg-job"},
 		{GPGSocket: filepath.Join(dir, "job/S.gpg-agent")},
+		{P11Socket: "auto", Signatures: 3},
 	}}
 	if diff := cmp.Diff(got, want); diff != "" || err != nil {
 		t.Errorf("%v; got (-) want (+):\n%s", err, diff)
 	}
 	for name, tt := range map[string]struct{ text, want string }{
 		"empty":         {"", "it is empty"},
+		"p11 twice":     {"sockets:\n  - {p11_socket: auto}\n  - {p11_socket: auto}\n", "sockets[1].p11_socket: auto is taken"},
+		"p11 extra":     {"sockets:\n  - {p11_socket: extra}\n", "sockets[0].p11_socket: extra is a socket of gpg's"},
 		"no socket":     {"sockets: []\n", "sockets is missing"},
 		"no path":       {"sockets:\n  - {keys: [a]}\n", "sockets[0].gpg_socket is missing"},
 		"twice":         {"sockets:\n  - {gpg_socket: auto}\n  - {gpg_socket: auto}\n", "sockets[1].gpg_socket: auto is taken"},

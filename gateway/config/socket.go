@@ -33,9 +33,12 @@ type Agent struct {
 
 // Socket is a socket, and the bounds of what may be signed through it.
 type Socket struct {
-	// GPGSocket is the path of a gpg-agent socket. In a client's file it can also be
-	// a Word.
+	// GPGSocket is the path of a gpg-agent socket, or P11Socket that of a PKCS#11 socket,
+	// as p11-kit's client speaks to. In a client's file it can also be a Word.
 	GPGSocket string `yaml:"gpg_socket,omitempty"`
+	P11Socket string `yaml:"p11_socket,omitempty"`
+	// P11Tokens are the tokens of a PKCS#11 socket; none: one of all keys.
+	P11Tokens []P11Token `yaml:"p11_tokens,omitempty"`
 	// Keys are names or globs; a key that none matches does not exist on the
 	// socket. None: all keys of the principal.
 	Keys []string `yaml:"keys,omitempty"`
@@ -47,8 +50,43 @@ type Socket struct {
 	TrustedRoots []string `yaml:"trusted_roots,omitempty"`
 }
 
-// Words that stand for a path in a client's file: where gpg looks for its agent, for
-// the agent's socket that is forwarded, and a descriptor that systemd passes by name.
+// P11Token is a PKCS#11 token of some keys.
+type P11Token struct {
+	Label string   `yaml:"label"`
+	Keys  []string `yaml:"keys"` // names or globs
+}
+
+// The protocols that are spoken on sockets.
+const (
+	ProtocolGPG = "gpg"
+	ProtocolP11 = "p11"
+)
+
+// Protocol is what is spoken on the socket.
+func (s *Socket) Protocol() string {
+	if s.P11Socket != "" {
+		return ProtocolP11
+	}
+	return ProtocolGPG
+}
+
+// Path is that of the socket, or a Word.
+func (s *Socket) Path() string {
+	_, at := s.field()
+	return *at
+}
+
+// field is the one that names the socket.
+func (s *Socket) field() (name string, at *string) {
+	if s.P11Socket != "" {
+		return "p11_socket", &s.P11Socket
+	}
+	return "gpg_socket", &s.GPGSocket
+}
+
+// Words that stand for a path in a client's file: where gpg looks for its agent, or p11-kit
+// for its server; for the agent's socket that is forwarded; and a descriptor that systemd
+// passes by name.
 const (
 	WordAuto  = "auto"
 	WordExtra = "extra"
@@ -94,12 +132,20 @@ func parseAgent(b []byte, dir string) (AgentFile, error) {
 		if err := s.Check(); err != nil {
 			return a, fmt.Errorf("sockets[%d].%w", i, err)
 		}
-		if seen[s.GPGSocket] {
-			return a, fmt.Errorf("sockets[%d].gpg_socket: %s is taken by an earlier entry", i, s.GPGSocket)
+		if name, at := s.field(); seen[s.key()] {
+			return a, fmt.Errorf("sockets[%d].%s: %s is taken by an earlier entry", i, name, *at)
 		}
-		seen[s.GPGSocket] = true
+		seen[s.key()] = true
 	}
 	return a, nil
+}
+
+// key tells sockets apart: a word means another path in each protocol.
+func (s *Socket) key() string {
+	if IsWord(s.Path()) {
+		return s.Protocol() + " " + s.Path()
+	}
+	return s.Path()
 }
 
 // strict decodes one YAML document without unknown fields; empty is another of v's type.
@@ -119,8 +165,8 @@ func strict(b []byte, v, empty any) error {
 
 func (s *Socket) absolute(dir string) {
 	paths := []*string{}
-	if !IsWord(s.GPGSocket) {
-		paths = append(paths, &s.GPGSocket)
+	if _, at := s.field(); !IsWord(*at) {
+		paths = append(paths, at)
 	}
 	for i := range s.TrustedRoots {
 		paths = append(paths, &s.TrustedRoots[i])
@@ -130,11 +176,20 @@ func (s *Socket) absolute(dir string) {
 
 // Check says what is wrong with s.
 func (s *Socket) Check() error {
-	if s.GPGSocket == "" {
-		return errors.New("gpg_socket is missing")
-	}
-	if len(s.GPGSocket) > maxSocketPath {
-		return fmt.Errorf("gpg_socket: %s has %d bytes, and a socket's path at most %d: use a shorter directory", s.GPGSocket, len(s.GPGSocket), maxSocketPath)
+	name, at := s.field()
+	switch {
+	case *at == "":
+		return errors.New("gpg_socket is missing, and so is p11_socket")
+	case s.GPGSocket != "" && s.P11Socket != "":
+		return errors.New("p11_socket: the entry has a gpg_socket; give each socket an entry of its own")
+	case len(*at) > maxSocketPath:
+		return fmt.Errorf("%s: %s has %d bytes, and a socket's path at most %d: use a shorter directory", name, *at, len(*at), maxSocketPath)
+	case s.P11Socket == WordExtra:
+		return errors.New("p11_socket: extra is a socket of gpg's; PKCS#11 has none")
+	case s.P11Socket != "" && len(s.TrustedRoots) > 0:
+		return errors.New("trusted_roots: gpgsm asks for them at a gpg_socket")
+	case s.P11Socket == "" && len(s.P11Tokens) > 0:
+		return errors.New("p11_tokens: there is no p11_socket for them")
 	}
 	for _, glob := range s.Keys {
 		if _, err := path.Match(glob, ""); err != nil || glob == "" {
@@ -154,13 +209,14 @@ func (a *Agent) check(seen map[string]bool) error {
 	if err := a.Check(); err != nil {
 		return err
 	}
-	if IsWord(a.GPGSocket) {
-		return fmt.Errorf("gpg_socket: %s is no path; only a client's file of sockets has such words", a.GPGSocket)
+	name, at := a.field()
+	if IsWord(*at) {
+		return fmt.Errorf("%s: %s is no path; only a client's file of sockets has such words", name, *at)
 	}
-	if seen[a.GPGSocket] {
-		return fmt.Errorf("gpg_socket: %s is taken by an earlier entry", a.GPGSocket)
+	if seen[*at] {
+		return fmt.Errorf("%s: %s is taken by an earlier entry", name, *at)
 	}
-	seen[a.GPGSocket] = true
+	seen[*at] = true
 	if err := ident.CheckName(a.Principal); err != nil {
 		return fmt.Errorf("principal: %w", err)
 	}

@@ -9,8 +9,21 @@ import (
 
 	"github.com/signwarden/signwarden/agentproto/gpgagent"
 	"github.com/signwarden/signwarden/agentproto/lease"
+	"github.com/signwarden/signwarden/agentproto/p11token"
 	"github.com/signwarden/signwarden/gateway/config"
 )
+
+// Tokens are the tokens of a PKCS#11 socket.
+func Tokens(s config.Socket) ([]p11token.Group, error) {
+	var groups []p11token.Group
+	for _, t := range s.P11Tokens {
+		groups = append(groups, p11token.Group{Label: t.Label, Keys: t.Keys})
+	}
+	if err := p11token.CheckGroups(groups); err != nil {
+		return nil, fmt.Errorf("p11_tokens: %w", err)
+	}
+	return groups, nil
+}
 
 // Bounds are what a socket that comes up now may sign, and the fingerprints of the
 // X.509 roots that it says are trusted.
