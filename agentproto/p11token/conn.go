@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -102,17 +103,17 @@ func (c *conn) calls() map[p11rpc.CallID]p11rpc.Handler {
 // logError logs what an operator wants to know of: what was refused to sign, and what
 // failed. That an object or a slot is not here is ordinary talk.
 func (c *conn) logError(id p11rpc.CallID, err error, rv p11rpc.RV) {
-	level := slog.LevelDebug
-	_, bare := err.(p11rpc.RV)
-	if !bare {
-		level = slog.LevelWarn
-	}
+	attrs := []any{"call", id.String(), "err", err, "rv", fmt.Sprintf("0x%x", uint64(rv))}
 	f, ok := errors.AsType[*failure](err)
-	var attrs []any
 	if ok {
-		attrs = []any{"request", f.request, "key", f.key, "mechanism", f.mechanism}
+		attrs = append(attrs, "request", f.request, "key", f.key, "mechanism", f.mechanism)
 	}
-	c.log.Log(context.Background(), level, "call refused", append(attrs, "call", id.String(), "err", err, "rv", uint64(rv))...)
+	_, bare := err.(p11rpc.RV)
+	if bare {
+		c.log.Debug("call refused", attrs...)
+		return
+	}
+	c.warn("call refused", attrs...)
 }
 
 func (c *conn) checkInitialized(id p11rpc.CallID) error {
@@ -123,6 +124,8 @@ func (c *conn) checkInitialized(id p11rpc.CallID) error {
 	}
 	return nil
 }
+
+func (c *conn) warn(words string, attrs ...any) { c.srv.warn(c.log, words, attrs...) }
 
 // inSession is a call whose first argument is a session.
 func inSession(do func(*conn, context.Context, *session, []p11rpc.Value) ([]p11rpc.Value, error)) call {

@@ -192,7 +192,7 @@ func (c *conn) build(old *view, pubs map[string]crypto.PublicKey, chains map[str
 				continue
 			}
 			if len(entries) == MaxKeys {
-				c.log.Warn("keys are not shown: there are too many; make groups", "token", s.label, "shown", MaxKeys)
+				c.warn("keys are not shown: there are too many; make groups", "token", s.label, "shown", MaxKeys)
 				break
 			}
 			e := c.entry(old, v, s, name, pubs[name], chains[name])
@@ -232,7 +232,7 @@ func (c *conn) entry(old, v *view, s *slot, name string, pub crypto.PublicKey, c
 	k, err := newKey(name, pub)
 	if k == nil {
 		if err != nil {
-			c.log.Warn("a key is not shown", "key", name, "err", err)
+			c.warn("a key is not shown", "key", name, "err", err)
 		}
 		return nil
 	}
@@ -241,7 +241,7 @@ func (c *conn) entry(old, v *view, s *slot, name string, pub crypto.PublicKey, c
 	for i, der := range chain {
 		cert, err := x509.ParseCertificate(der)
 		if err != nil {
-			c.log.Warn("a certificate is not shown", "key", name, "number", i, "err", err)
+			c.warn("a certificate is not shown", "key", name, "number", i, "err", err)
 			continue
 		}
 		switch {
@@ -250,7 +250,7 @@ func (c *conn) entry(old, v *view, s *slot, name string, pub crypto.PublicKey, c
 		case bytes.Equal(cert.RawSubjectPublicKeyInfo, k.spki):
 			own = cert
 		default: // tools would verify with one key what another signed
-			c.log.Warn("a certificate is not shown: it is of another key", "key", name)
+			c.warn("a certificate is not shown: it is of another key", "key", name)
 		}
 	}
 	for _, class := range []uint64{ckoPrivateKey, ckoPublicKey} {

@@ -29,7 +29,11 @@ import (
 	"net"
 	"path"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/lease"
@@ -106,6 +110,28 @@ type Server struct {
 	cfg   Config
 	slots []slot
 	log   *slog.Logger
+
+	// Who is refused, over and over, must not fill the log.
+	lines *rate.Limiter
+	left  atomic.Int64 // lines that were left out since the last one
+}
+
+// Warnings in the log: so many at once, and then so many a second.
+const (
+	logBurst = 100
+	logRate  = 10
+)
+
+// warn logs within the rate, and says how many lines were left out.
+func (s *Server) warn(log *slog.Logger, words string, attrs ...any) {
+	if !s.lines.Allow() {
+		s.left.Add(1)
+		return
+	}
+	if n := s.left.Swap(0); n > 0 {
+		attrs = append(attrs, "left_out_before", n)
+	}
+	log.Warn(words, attrs...)
 }
 
 // New checks cfg. The parts of cfg must not change afterwards.
@@ -126,7 +152,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg, slots: newSlots(cfg.Groups), log: cfg.Logger}, nil
+	return &Server{cfg: cfg, slots: newSlots(cfg.Groups), log: cfg.Logger, lines: rate.NewLimiter(logRate, logBurst)}, nil
 }
 
 // CheckGroups says what is wrong with the configuration of tokens.
@@ -170,7 +196,10 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn, p agentproto.Peer) {
 	}
 	conn := &conn{srv: s, keys: keys, program: p.Executable(), log: log, view: &view{}}
 	err = p11rpc.Serve(ctx, c, p11rpc.Config{Calls: conn.calls(), Logger: log})
-	if err != nil {
+	switch {
+	case errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
+		log.Debug("the client has gone", "err", err) // killed, say: it was told nothing, and hears nothing
+	case err != nil:
 		log.Info("connection ended", "err", err)
 	}
 }

@@ -77,7 +77,7 @@ func (c *conn) getInfo(context.Context, []p11rpc.Value) ([]p11rpc.Value, error) 
 func (c *conn) getSlotList(ctx context.Context, args []p11rpc.Value) ([]p11rpc.Value, error) {
 	v, err := c.look(ctx)
 	if err != nil {
-		c.log.Warn("listing keys", "err", err)
+		c.warn("listing keys", "err", err)
 	}
 	var ids []uint64
 	for _, s := range c.srv.slots {

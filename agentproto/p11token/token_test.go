@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -617,4 +618,25 @@ func TestUnknownKinds(t *testing.T) {
 	if got := c.names(t, 1); !slices.Equal(got, []string{"rsa"}) {
 		t.Errorf("%q", got)
 	}
+}
+
+// Who is refused over and over fills no log; the next line says how many were left out.
+func TestRefusalsInTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer // written before each answer
+		c := connect(t, p11token.Config{Keys: keysFor(newSoftKeys("p256")), Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		c.must(t, p11rpc.Initialize, initArgs...)
+		c.session(t, 1)
+		for range 1000 {
+			c.refused(t, 0x70, p11rpc.SignInit, u(1), mech(0x3), u(1))
+		}
+		if n := strings.Count(log.String(), "call refused"); n != 100 {
+			t.Errorf("%d lines for 1000 refusals at once, want 100", n)
+		}
+		time.Sleep(time.Second)
+		c.refused(t, 0x70, p11rpc.SignInit, u(1), mech(0x3), u(1))
+		if !strings.Contains(log.String(), "left_out_before=900") {
+			t.Error("the log does not say how many lines were left out")
+		}
+	})
 }
