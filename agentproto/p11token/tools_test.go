@@ -325,7 +325,7 @@ func TestThreads(t *testing.T) {
 	const latency, count = 20 * time.Millisecond, 25
 	load := buildLoad(t)
 	h := newHost(t, newSoftKeys("p256"))
-	h.keys.before = func(context.Context) error { <-time.After(latency); return nil }
+	h.keys.set(func(k *softKeys) { k.before = func(context.Context) error { <-time.After(latency); return nil } })
 	rate := func(threads int) float64 {
 		t.Helper()
 		out := h.must(t, load, h.module, "p256", strconv.Itoa(threads), strconv.Itoa(count))
@@ -357,7 +357,7 @@ func TestThreadsAtOnce(t *testing.T) {
 	h := newHost(t, newSoftKeys("p256"))
 	var all sync.WaitGroup
 	all.Add(threads)
-	h.keys.before = func(context.Context) error { all.Done(); all.Wait(); return nil }
+	h.keys.set(func(k *softKeys) { k.before = func(context.Context) error { all.Done(); all.Wait(); return nil } })
 	h.must(t, load, h.module, "p256", strconv.Itoa(threads), "1")
 	h.signed(t, threads)
 }
