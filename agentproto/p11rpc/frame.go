@@ -39,12 +39,20 @@ func appendHeader(b []byte, code uint32, body int) []byte {
 	return binary.BigEndian.AppendUint32(b, uint32(body))
 }
 
-// readBody reads past the options and returns the body. Memory grows with what
-// arrives, not with what was announced.
+// atOnce is how much is allocated for a body on the word of its header.
+const atOnce = 16 << 10
+
+// readBody reads past the options and returns the body. For a long one memory grows
+// with what arrives, not with what was announced.
 func readBody(r io.Reader, h header) ([]byte, error) {
 	err := skip(r, h.options)
 	if err != nil {
 		return nil, err
+	}
+	if h.body <= atOnce {
+		b := make([]byte, h.body)
+		_, err := io.ReadFull(r, b)
+		return b, noEOF(err)
 	}
 	var b bytes.Buffer
 	n, err := io.CopyN(&b, r, int64(h.body))
@@ -56,8 +64,13 @@ func readBody(r io.Reader, h header) ([]byte, error) {
 
 func skip(r io.Reader, n uint32) error {
 	_, err := io.CopyN(io.Discard, r, int64(n))
+	return noEOF(err)
+}
+
+// noEOF is for the end of the input where it may not be.
+func noEOF(err error) error {
 	if err == io.EOF {
-		err = io.ErrUnexpectedEOF
+		return io.ErrUnexpectedEOF
 	}
 	return err
 }

@@ -130,13 +130,6 @@ func (s *server) next() error {
 	return nil
 }
 
-func noEOF(err error) error {
-	if err == io.EOF {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}
-
 // start runs a request behind the earlier ones of its session.
 func (s *server) start(h header, body []byte) {
 	id, args, handle, err := s.parse(body)
