@@ -10,6 +10,8 @@ import (
 	"runtime/debug"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/semaphore"
 )
 
 // server is one connection being served.
@@ -22,8 +24,9 @@ type server struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // the requests that are not answered
 
-	held  *held
-	lanes lanes
+	places chan struct{}       // one for each request that is not answered
+	bytes  *semaphore.Weighted // of their bodies
+	lanes  lanes
 
 	// wmu guards nc's writing side and broken. It is held for one write, which
 	// WriteTimeout bounds; responses wait for each other, requests do not.
@@ -40,7 +43,10 @@ type server struct {
 // ends, a response cannot be written, or what comes is no frame.
 func Serve(ctx context.Context, nc net.Conn, cfg Config) error {
 	cfg = cfg.withDefaults()
-	s := &server{cfg: cfg, nc: nc, r: bufio.NewReader(nc), held: newHeld(cfg.MaxInFlight, cfg.MaxHeld)}
+	s := &server{
+		cfg: cfg, nc: nc, r: bufio.NewReader(nc),
+		places: make(chan struct{}, cfg.MaxInFlight), bytes: semaphore.NewWeighted(int64(cfg.MaxHeld)),
+	}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	defer s.cancel()
 	stop := context.AfterFunc(s.ctx, func() { nc.SetReadDeadline(time.Unix(1, 0)) })
@@ -116,26 +122,45 @@ func (s *server) next() error {
 		}
 		return s.respond(h.code, appendError(nil, DataLenRange))
 	}
-	s.held.take(int(h.body))
+	give, err := s.take(int64(h.body))
+	if err != nil {
+		return err
+	}
 	err = s.setReadDeadline(s.cfg.FrameTimeout) // again: take may have waited long
 	var body []byte
 	if err == nil {
 		body, err = readBody(s.r, h)
 	}
 	if err != nil {
-		s.held.give(int(h.body))
+		give()
 		return err
 	}
-	s.start(h, body)
+	s.start(h, body, give)
 	return nil
 }
 
-// start runs a request behind the earlier ones of its session.
-func (s *server) start(h header, body []byte) {
+// take waits until there is room for a request with a body of n bytes. One that is
+// larger than all the room is let in alone.
+func (s *server) take(n int64) (give func(), err error) {
+	select {
+	case s.places <- struct{}{}:
+	case <-s.ctx.Done():
+		return nil, s.ctx.Err()
+	}
+	n = min(n, int64(s.cfg.MaxHeld))
+	err = s.bytes.Acquire(s.ctx, n)
+	if err != nil {
+		return nil, err
+	}
+	return func() { s.bytes.Release(n); <-s.places }, nil
+}
+
+// start runs a request behind the earlier ones of its session, and gives its room back.
+func (s *server) start(h header, body []byte, give func()) {
 	id, args, handle, err := s.parse(body)
 	l := s.lanes.enter(sessionOf(id, args))
 	s.wg.Go(func() {
-		defer s.held.give(int(h.body))
+		defer give()
 		l.wait()
 		var response []byte
 		if err == nil {
@@ -224,41 +249,6 @@ func (s *server) fail(err error) {
 		s.broken = err
 	}
 	s.cancel()
-}
-
-// held counts what the requests under way make us keep.
-type held struct {
-	maxRequests, maxBytes int
-
-	mu              sync.Mutex // guards what follows; held for arithmetic only
-	fewer           *sync.Cond // signalled when something was given back
-	requests, bytes int
-}
-
-func newHeld(requests, bytes int) *held {
-	h := &held{maxRequests: requests, maxBytes: bytes}
-	h.fewer = sync.NewCond(&h.mu)
-	return h
-}
-
-// take waits until there is room for a request of n bytes. One that is larger than
-// all the room is let in alone. Handlers end when the connection does, so a wait does too.
-func (h *held) take(n int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for h.requests >= h.maxRequests || h.requests > 0 && h.bytes+n > h.maxBytes {
-		h.fewer.Wait()
-	}
-	h.requests++
-	h.bytes += n
-}
-
-func (h *held) give(n int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.requests--
-	h.bytes -= n
-	h.fewer.Signal() // one goroutine takes
 }
 
 // lanes order the requests of each session.
