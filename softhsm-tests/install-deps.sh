@@ -41,6 +41,7 @@ has() { # has DEB RPM FILE...: one of the files must be there
     missing_deb="$missing_deb $deb" missing_rpm="$missing_rpm $rpm"
 }
 has p11-kit-modules p11-kit-server /usr/lib/*/pkcs11/p11-kit-client.so /usr/lib64/pkcs11/p11-kit-client.so
+has libp11-kit-dev p11-kit-devel /usr/include/p11-kit-1/p11-kit/pkcs11.h
 has libengine-pkcs11-openssl openssl-pkcs11 /usr/lib/*/engines-3/pkcs11.so /usr/lib64/engines-3/pkcs11.so
 need fsverity fsverity fsverity-utils
 need veritysetup cryptsetup-bin veritysetup

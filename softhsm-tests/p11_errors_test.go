@@ -140,6 +140,26 @@ func TestP11BetweenCalls(t *testing.T) {
 	}
 }
 
+// A program that forks: the child has to begin anew, with a connection of its own, and
+// the parent's goes on. Nobody calls C_Finalize.
+func TestP11Fork(t *testing.T) {
+	g := newGateway(t)
+	g.must(t, "signwarden", "key", "create", "kmod", "--algorithm", "rsa2048")
+	program := filepath.Join(t.TempDir(), "p11fork")
+	mustEnv(t, os.Environ(), "gcc", "-Wall", "-Wextra", "-Werror", "-I/usr/include/p11-kit-1", "-o", program, "testdata/p11fork.c", "-ldl")
+	rows := len(g.audit(t, 1000))
+	got := g.must(t, "signwarden", "exec", "--", program, p11Module(t), "kmod")
+	want := "initialize 0x0\nfind 0x0\nsign 0x0\n" +
+		"child-sign 0x190\n" + // CKR_CRYPTOKI_NOT_INITIALIZED
+		"child-initialize 0x0\nchild-find 0x0\nchild-sign-again 0x0\nparent-sign 0x0\n"
+	if got != want {
+		t.Errorf("it says\n%s\nwant\n%s", got, want)
+	}
+	if n := len(g.audit(t, 1000)) - rows; n != 3 {
+		t.Errorf("%d signatures are recorded, want 3", n)
+	}
+}
+
 // p11-kit runs `signwarden p11 --stdio` for every program that uses it, as its module file
 // says: no daemon, no environment variable.
 func TestP11Stdio(t *testing.T) {
