@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// p11Client is a program in the middle of its PKCS #11 calls.
+// p11Client is a program in the middle of its PKCS#11 calls.
 type p11Client struct {
 	cmd    *exec.Cmd
 	in     io.WriteCloser

@@ -93,7 +93,7 @@ func TestP11AgentAuto(t *testing.T) {
 	}
 }
 
-// The daemon serves a PKCS #11 socket to the users of its host that the configuration
+// The daemon serves a PKCS#11 socket to the users of its host that the configuration
 // names, as the principal that it names, beside a gpg-agent socket, and to nobody else.
 func TestP11LocalUsers(t *testing.T) {
 	g := newGateway(t)

@@ -56,7 +56,7 @@ func (s *p11Site) exec(t *testing.T, name string, args ...string) string {
 }
 
 // signed asserts what was signed since row: so many signatures, each by a request of the
-// PKCS #11 socket, with the key.
+// PKCS#11 socket, with the key.
 func (s *p11Site) signed(t *testing.T, since int, key string, want int) {
 	t.Helper()
 	n := 0
@@ -100,7 +100,7 @@ func efiImage(t *testing.T) string {
 
 func p11URI(key string) string { return "pkcs11:token=signwarden;object=" + key + ";type=private" }
 
-// Unmodified tools sign through the PKCS #11 socket that exec brings up, and the other
+// Unmodified tools sign through the PKCS#11 socket that exec brings up, and the other
 // project's verifier accepts it. No tool is given a PIN, and each signature is one request.
 func TestP11Tools(t *testing.T) {
 	s := newP11Site(t)

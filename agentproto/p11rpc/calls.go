@@ -2,7 +2,7 @@ package p11rpc
 
 import "fmt"
 
-// CallID is the number that a function of PKCS #11 has on the wire.
+// CallID is the number that a function of PKCS#11 has on the wire.
 type CallID uint32
 
 // The calls that somebody names. The rest are in the table only.
@@ -139,7 +139,7 @@ var calls = map[CallID]call{
 	89:                {"C_DeriveKey2", "uMuaA", "uPu"},
 }
 
-// String is the name of the call in PKCS #11.
+// String is the name of the call in PKCS#11.
 func (id CallID) String() string {
 	c, ok := calls[id]
 	if !ok {

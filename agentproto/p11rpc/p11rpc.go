@@ -1,5 +1,5 @@
 // Package p11rpc speaks the RPC protocol of p11-kit, by which the distribution's
-// own p11-kit-client.so carries the calls of PKCS #11 over a byte stream: frames,
+// own p11-kit-client.so carries the calls of PKCS#11 over a byte stream: frames,
 // versions, signatures, values and the serving loop. It knows no object, key or
 // mechanism; what the calls do comes in a table.
 //
@@ -14,7 +14,7 @@
 //     CKR_FUNCTION_NOT_SUPPORTED; one whose arguments do not decode CKR_ARGUMENTS_BAD.
 //     The connection goes on.
 //  3. Requests run side by side and are answered as they finish, but those of one
-//     PKCS #11 session run one after another, in the order in which they came.
+//     PKCS#11 session run one after another, in the order in which they came.
 //  4. A client cannot make the server hold more than MaxInFlight requests and
 //     MaxHeld bytes of it (and the one request that is being read): beyond, nothing
 //     more is read from it.
@@ -69,7 +69,7 @@ const (
 	DefaultWriteTimeout = 30 * time.Second
 )
 
-// RV is a CK_RV, PKCS #11's outcome of a call. As an error it is the answer to a
+// RV is a CK_RV, PKCS#11's outcome of a call. As an error it is the answer to a
 // request. 0, CKR_OK, is none.
 type RV uint64
 
@@ -81,7 +81,7 @@ const (
 	FunctionNotSupported RV = 0x54 // no such call, or not served
 )
 
-func (v RV) Error() string { return fmt.Sprintf("PKCS #11 error 0x%x", uint64(v)) }
+func (v RV) Error() string { return fmt.Sprintf("PKCS#11 error 0x%x", uint64(v)) }
 
 // Handler does one call: arguments in the order of its signature, and results
 // likewise. An error that is or wraps an RV is answered with it, any other with

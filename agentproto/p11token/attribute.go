@@ -182,7 +182,7 @@ func publicExponent(o *object) (p11rpc.Attribute, bool) {
 	return octets(big.NewInt(int64(pub.E)).Bytes()), true
 }
 
-// category is token user or authority (PKCS #11 v2.40, section 4.6.2).
+// category is token user or authority (PKCS#11 v2.40, section 4.6.2).
 func category(o *object) (p11rpc.Attribute, bool) {
 	if o.key == nil {
 		return ulong(2), true

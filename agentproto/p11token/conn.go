@@ -12,7 +12,7 @@ import (
 	"github.com/signwarden/signwarden/agentproto/p11rpc"
 )
 
-// conn is the state of one connection, which is one client process: PKCS #11's
+// conn is the state of one connection, which is one client process: PKCS#11's
 // application.
 type conn struct {
 	srv     *Server
@@ -34,7 +34,7 @@ type conn struct {
 	looking sync.Mutex
 }
 
-// session is a PKCS #11 session. Its calls run one after another (package p11rpc
+// session is a PKCS#11 session. Its calls run one after another (package p11rpc
 // sees to that), so nothing in it is locked.
 type session struct {
 	slot  *slot

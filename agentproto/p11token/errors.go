@@ -10,7 +10,7 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
-// CK_RV values, by PKCS #11 v2.40 (pkcs11t.h).
+// CK_RV values, by PKCS#11 v2.40 (pkcs11t.h).
 const (
 	ckrSlotIDInvalid              p11rpc.RV = 0x003
 	ckrGeneralError               p11rpc.RV = 0x005

@@ -233,7 +233,7 @@ func testLogger(t testing.TB) *slog.Logger {
 	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-// client is a PKCS #11 application at the other end of the wire.
+// client is a PKCS#11 application at the other end of the wire.
 type client struct {
 	*p11rpc.Client
 	nc net.Conn

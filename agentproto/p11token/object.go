@@ -47,7 +47,7 @@ var curves = map[elliptic.Curve]asn1.ObjectIdentifier{
 	elliptic.P521(): {1, 3, 132, 0, 35},
 }
 
-// edwardsParams is the PrintableString "edwards25519" (PKCS #11 v3.0, section 2.3.10).
+// edwardsParams is the PrintableString "edwards25519" (PKCS#11 v3.0, section 2.3.10).
 var edwardsParams = append([]byte{0x13, 12}, "edwards25519"...)
 
 // newKey is nil for a key of a kind that is not shown.

@@ -1,4 +1,4 @@
-// Package p11token is a PKCS #11 token for unmodified openssl, sbsign, pesign,
+// Package p11token is a PKCS#11 token for unmodified openssl, sbsign, pesign,
 // jarsigner and their like, which load p11-kit-client.so: it shows the keys that a
 // peer may sign with, and their certificates, and has digests signed. Nothing in it
 // can be changed. It is served over the protocol of package p11rpc.

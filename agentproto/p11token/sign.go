@@ -45,7 +45,7 @@ func (op *operation) size() int {
 	return ed25519.SignatureSize
 }
 
-// signInit begins a signature; with a NULL mechanism it ends one (PKCS #11 v3.0).
+// signInit begins a signature; with a NULL mechanism it ends one (PKCS#11 v3.0).
 // Whether the key may be used is decided when it is.
 func (c *conn) signInit(_ context.Context, s *session, args []p11rpc.Value) ([]p11rpc.Value, error) {
 	if args[0].Mechanism.Null {

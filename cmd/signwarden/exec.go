@@ -33,18 +33,18 @@ func (a *app) execCommand() *cobra.Command {
 	var roots []string
 	c := &cobra.Command{
 		Use:   "exec -- COMMAND [ARG]...",
-		Short: "Run a command whose gpg and PKCS #11 tools sign through the gateway",
+		Short: "Run a command whose gpg and PKCS#11 tools sign through the gateway",
 		Long: `exec runs a command in a GNUPGHOME of its own, in which gpg finds an agent that
 signs with the keys you may use, and their certificates. Nothing in your own
 GNUPGHOME is read or changed, and everything is gone when the command has ended.
 Signals are passed on; the exit code is the command's.
 
-The command also finds those keys and their X.509 certificates in a PKCS #11 token,
+The command also finds those keys and their X.509 certificates in a PKCS#11 token,
 "signwarden", through p11-kit: P11_KIT_SERVER_ADDRESS, PKCS11_MODULE_PATH,
 PKCS11_PROVIDER_MODULE and OPENSSL_CONF are set for it. No PIN is asked for.
 
 Name a key to gpg by its user id, address or fingerprint: signwarden key list; to
-PKCS #11 tools by its name, like pkcs11:token=signwarden;object=NAME;type=private. gpgsm
+PKCS#11 tools by its name, like pkcs11:token=signwarden;object=NAME;type=private. gpgsm
 has the X.509 certificates of keys; one that a CA has issued needs its --trusted-root.`,
 		Example: `  signwarden exec -- rpmsign --define '_gpg_name release@example.org' --addsign x.rpm
   signwarden exec -- gpg --detach-sign --local-user release@example.org SHA256SUMS

@@ -21,7 +21,7 @@ import (
 	"github.com/signwarden/signwarden/gateway/config"
 )
 
-// formatPKCS11 is the format of what is signed for a PKCS #11 client: what its program
+// formatPKCS11 is the format of what is signed for a PKCS#11 client: what its program
 // makes of it nobody can tell.
 const formatPKCS11 = "pkcs11"
 
@@ -29,7 +29,7 @@ func (a *app) p11Command() *cobra.Command {
 	var tokens []string
 	c := &cobra.Command{
 		Use:   "p11 --stdio",
-		Short: "Serve a PKCS #11 token to p11-kit on standard input and output",
+		Short: "Serve a PKCS#11 token to p11-kit on standard input and output",
 		Long: `p11 is for p11-kit to run. In a module file, such as ~/.config/pkcs11/modules/signwarden.module,
 or one in /etc/pkcs11/modules for root, this line has every program that uses p11-kit see the
 token with the keys that you may use, without a daemon:
@@ -57,7 +57,7 @@ It holds no key and asks for no PIN. Signatures are made in the format pkcs11.`,
 }
 
 func addTokenFlag(c *cobra.Command, tokens *[]string) {
-	c.Flags().StringArrayVar(tokens, "p11-token", nil, "a PKCS #11 token and its keys, LABEL=NAME,NAME,..., names or globs; can be repeated (default: signwarden=*)")
+	c.Flags().StringArrayVar(tokens, "p11-token", nil, "a PKCS#11 token and its keys, LABEL=NAME,NAME,..., names or globs; can be repeated (default: signwarden=*)")
 }
 
 // parseTokens reads LABEL=NAME,NAME,... for each token.

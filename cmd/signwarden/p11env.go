@@ -13,7 +13,7 @@ import (
 	"strings"
 )
 
-// p11Names are the variables by which tools find a PKCS #11 token; see p11Environment.
+// p11Names are the variables by which tools find a PKCS#11 token; see p11Environment.
 var p11Names = []string{"P11_KIT_SERVER_ADDRESS", "PKCS11_MODULE_PATH", "PKCS11_PROVIDER_MODULE"}
 
 // p11Environment adds to env what has unmodified tools find the token on a socket.

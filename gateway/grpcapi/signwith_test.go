@@ -16,7 +16,7 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
-// What a session offers a PKCS #11 socket: chains, and signatures by options.
+// What a session offers a PKCS#11 socket: chains, and signatures by options.
 func TestSessionSignsWithOptions(t *testing.T) {
 	t.Parallel()
 	f := gatewaytest.New(t, kindsPolicy)

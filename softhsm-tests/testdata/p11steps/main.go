@@ -1,4 +1,4 @@
-// Command p11steps makes PKCS #11 calls one by one, for the tests of softhsm-tests: between two of them a test can do
+// Command p11steps makes PKCS#11 calls one by one, for the tests of softhsm-tests: between two of them a test can do
 // what it likes to the gateway.
 //
 // Usage: p11steps MODULE TOKEN KEY-LABEL

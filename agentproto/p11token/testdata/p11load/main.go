@@ -1,4 +1,4 @@
-// Command p11load signs with a PKCS #11 module from several threads at a time, for the tests of p11token.
+// Command p11load signs with a PKCS#11 module from several threads at a time, for the tests of p11token.
 //
 // Usage: p11load MODULE LABEL THREADS COUNT
 //
