@@ -1,7 +1,6 @@
 package softhsm_test
 
 import (
-	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,31 +19,6 @@ func engineDgst(t *testing.T, env []string, dir, key string) result {
 	return runEnv(t, env, "openssl", "dgst", "-sha256", "-engine", "pkcs11", "-keyform", "engine", "-sign", p11URI(key), "-out", dir+"/sig", dir+"/msg")
 }
 
-// startAgent runs `signwarden agent` until the test ends, or stop is called.
-func startAgent(t *testing.T, env []string, socket string, args ...string) (stop func()) {
-	t.Helper()
-	cmd := exec.Command(filepath.Join(bin, "signwarden"), append([]string{"agent"}, args...)...)
-	var stderr bytes.Buffer
-	cmd.Env, cmd.Stderr = env, &stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := false
-	stop = func() {
-		if ended {
-			return
-		}
-		ended = true
-		_ = cmd.Process.Signal(unix.SIGTERM)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("agent: %v\n%s", err, &stderr)
-		}
-	}
-	t.Cleanup(stop)
-	waitFor(t, "the agent's socket is there", func() bool { _, err := os.Stat(socket); return err == nil })
-	return stop
-}
-
 // With --p11-socket auto tools need no address: the socket is where p11-kit's client looks.
 func TestP11AgentAuto(t *testing.T) {
 	g := newGateway(t)
@@ -57,7 +31,8 @@ func TestP11AgentAuto(t *testing.T) {
 	mustEnv(t, os.Environ(), "openssl", "x509", "-in", dir+"/cert.pem", "-noout", "-pubkey", "-out", dir+"/pub")
 	env := append(append([]string(nil), g.env...), "XDG_RUNTIME_DIR="+dir)
 	socket := dir + "/p11-kit/pkcs11"
-	stop := startAgent(t, env, socket, "--p11-socket", "auto", "--p11-token", "signwarden=kmod")
+	agent := background(t, env, "signwarden", "agent", "--p11-socket", "auto", "--p11-token", "signwarden=kmod")
+	agent.await(t, "PKCS#11 socket "+socket)
 	if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v", info.Mode(), err)
 	}
@@ -77,12 +52,14 @@ func TestP11AgentAuto(t *testing.T) {
 	c.step(t, "init", "ok")
 	c.step(t, "sign", "ok")
 	c.step(t, "init", "ok")
-	stop()
+	if code := agent.stop(unix.SIGTERM); code != 0 {
+		t.Errorf("the agent ended with exit code %d", code)
+	}
 	c.step(t, "sign", "CKR_DEVICE_ERROR") // p11-kit's client on a connection that is gone
 	if _, err := os.Stat(socket); !os.IsNotExist(err) {
 		t.Errorf("the socket is left: %v", err)
 	}
-	startAgent(t, env, socket, "--p11-socket", "auto")
+	background(t, env, "signwarden", "agent", "--p11-socket", "auto").await(t, "PKCS#11 socket "+socket)
 	if r := engineDgst(t, env, dir, "kmod"); r.code != 0 {
 		t.Errorf("after a restart: exit code %d\n%s%s", r.code, r.stdout, r.stderr)
 	}
@@ -90,6 +67,40 @@ func TestP11AgentAuto(t *testing.T) {
 		if r := runEnv(t, env, "signwarden", append([]string{"agent"}, args...)...); r.code != 2 {
 			t.Errorf("agent %q: exit code %d: %s", args, r.code, r.stderr)
 		}
+	}
+}
+
+// A socket of systemd's is served with the bounds of its name in agent.yaml, and the
+// agent begins without its gateway.
+func TestP11AgentSystemd(t *testing.T) {
+	g := newGateway(t)
+	for _, name := range []string{"kmod", "boot"} {
+		g.must(t, "signwarden", "key", "create", name, "--algorithm", "rsa2048")
+	}
+	g.stop(unix.SIGTERM)
+	dir := shortDir(t)
+	writeFile(t, dir+"/msg", "to be signed\n")
+	socket := dir + "/p11"
+	writeFile(t, filepath.Join(filepath.Dir(g.profile("admin")), "agent.yaml"), "sockets:\n  - {p11_socket: \"fd:p11\", keys: [\"k*\"], signatures: 1}\n")
+	background(t, g.env, "systemd-socket-activate", "-l", socket, "--fdname=p11",
+		"-E", "PATH", "-E", "SIGNWARDEN_PROFILE", filepath.Join(bin, "signwarden"), "agent", "--systemd")
+	waitFor(t, "the socket", func() bool { _, err := os.Stat(socket); return err == nil })
+	env := append(append([]string(nil), g.env...), "P11_KIT_SERVER_ADDRESS=unix:path="+socket)
+	if r := runEnv(t, env, "pkcs11-tool", "--module", p11Module(t), "--token-label", "signwarden", "-O"); r.code == 0 || !strings.Contains(r.stderr, "CKR_DEVICE_REMOVED") {
+		t.Errorf("without a gateway: exit code %d: %s", r.code, r.stderr)
+	}
+	g.serve(t)
+	waitFor(t, "the agent to see the gateway", func() bool {
+		return runEnv(t, env, "pkcs11-tool", "--module", p11Module(t), "--token-label", "signwarden", "-O").code == 0
+	})
+	if r := engineDgst(t, env, dir, "boot"); r.code == 0 {
+		t.Error("a key that the bounds do not name signs")
+	}
+	if r := engineDgst(t, env, dir, "kmod"); r.code != 0 {
+		t.Errorf("exit code %d: %s", r.code, r.stderr)
+	}
+	if r := engineDgst(t, env, dir, "kmod"); r.code == 0 {
+		t.Error("it signs more often than the bounds say")
 	}
 }
 
