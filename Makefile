@@ -7,7 +7,7 @@ PURE         = . ./gateway/... ./agentproto/... ./formats/... ./cmd/...
 
 export GOFLAGS += -trimpath
 
-.PHONY: build demo test check bench fuzz deps lint generated generate unit race softhsm clean
+.PHONY: build demo test check bench corpus fuzz deps lint generated generate unit race hostile softhsm clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o bin/signwarden ./cmd/signwarden
@@ -17,7 +17,7 @@ demo: deps build
 	softhsm-tests/demo.sh
 
 # Everything. What a fresh machine lacks is installed first, from its distribution.
-test: deps lint generated race softhsm
+test: deps lint generated race hostile softhsm
 
 # The quick subset: no token, no tools.
 check: lint unit
@@ -28,7 +28,7 @@ deps:
 lint:
 	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags bench ./softhsm-tests
+	$(GO) vet -tags bench,corpus ./softhsm-tests ./formats/...
 	$(STATICCHECK) ./...
 	$(GO) test -count=1 -run 'Imports' .
 
@@ -37,6 +37,11 @@ unit:
 
 race:
 	$(GO) test -race -timeout 20m $(PURE) ./hsm/...
+
+# 10,000 damaged files of each format, with an eye on memory, which the race
+# detector would hide.
+hostile:
+	$(GO) test -run 'Mutat' ./formats/...
 
 # End to end. -count=1: it drives programs that the test cache does not see.
 softhsm:
