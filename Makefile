@@ -68,6 +68,15 @@ generate: .cache/googleapis
 bench: deps
 	$(GO) test -tags bench -count=1 -timeout 60m -run TestBench -v ./softhsm-tests
 
+# The kernel modules and EFI images of the distribution, unpacked and not installed,
+# packages with every compressor, and 40,000 damaged files through a gateway.
+corpus: deps
+	softhsm-tests/corpus.sh .cache/corpus
+	SIGNWARDEN_CORPUS=$(CURDIR)/.cache/corpus/root \
+	$(GO) test -tags corpus -count=1 -timeout 60m -run 'Corpus|HostileFiles' -v ./formats/... ./softhsm-tests \
+		>.cache/corpus.log || { grep -v '^=== ' .cache/corpus.log; exit 1; }
+	grep -E '^ok|_test.go:|^--- ' .cache/corpus.log
+
 # Each parser for a while: make fuzz FUZZTIME=10m
 FUZZTIME ?= 30s
 fuzz:

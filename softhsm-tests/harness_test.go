@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -28,7 +29,7 @@ var bin string
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
-	for _, tool := range []string{"fsverity", "veritysetup", "gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq", "openssl", "sqlite3"} {
+	for _, tool := range []string{"fsverity", "veritysetup", "time", "gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq", "openssl", "sqlite3"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			fmt.Fprintf(os.Stderr, "%v: run softhsm-tests/install-deps.sh\n", err)
 			return 1
@@ -185,6 +186,24 @@ func runEnv(t testing.TB, env []string, name string, args ...string) result {
 		t.Fatalf("%s: %v", name, err)
 	}
 	return result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+// measured runs the client and tells how much memory it had at most, in KiB. That
+// is what time(1) is told by the kernel, which forks from a small process: our own
+// memory would count as that of what we start.
+func (g *gateway) measured(t testing.TB, args ...string) (result, int) {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), "kib")
+	r := g.try(t, "time", append([]string{"--quiet", "--format=%M", "--output=" + out, filepath.Join(bin, "signwarden")}, args...)...)
+	b, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kib, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatalf("time: %v", err)
+	}
+	return r, kib
 }
 
 func mustEnv(t testing.TB, env []string, name string, args ...string) string {

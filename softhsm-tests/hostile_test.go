@@ -7,20 +7,14 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/signwarden/signwarden/formats/hostiletest"
 )
-
-// hostileFiles is how many damaged files each of the four formats is tried with
-// here; formats/... try more of them without a gateway.
-const hostileFiles = hostiletest.Mutations / 4
 
 // hostileFormats are the formats that are read before they are signed.
 var hostileFormats = []struct {
@@ -170,17 +164,12 @@ func (h *hostile) add(t testing.TB, name string, b []byte) string {
 // run runs the client, whose memory is bounded, and returns what it prints.
 func (h *hostile) run(t testing.TB, args []string) result {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(bin, "signwarden"), args...)
-	cmd.Env = h.g.env
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	_ = cmd.Run()
-	rss := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss // KiB
-	t.Logf("%q: %d KiB of memory", args[:2], rss)
-	if rss >= 64<<10 {
-		t.Errorf("the client took %d KiB, want under %d", rss, 64<<10)
+	r, kib := h.g.measured(t, args...)
+	t.Logf("%q: %d KiB of memory", args[:2], kib)
+	if kib<<10 >= hostiletest.Ceiling {
+		t.Errorf("the client took %d KiB, want under %d", kib, hostiletest.Ceiling>>10)
 	}
-	return result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+	return r
 }
 
 // sign runs the client over the directory, and returns which files it signed and
