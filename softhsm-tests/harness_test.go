@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -28,7 +29,7 @@ var bin string
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
-	for _, tool := range []string{"fsverity", "veritysetup", "gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq", "openssl", "sqlite3",
+	for _, tool := range []string{"fsverity", "veritysetup", "time", "gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq", "openssl", "sqlite3",
 		"gpgsm", "debsign", "dscverify", "dpkg-buildpackage", "apt-ftparchive", "createrepo_c", "ssh", "/usr/sbin/sshd", "systemd-socket-activate", "nsenter", "setpriv",
 		"p11tool", "certtool", "jarsigner", "modutil", "evmctl"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -187,6 +188,36 @@ func runEnv(t testing.TB, env []string, name string, args ...string) result {
 		t.Fatalf("%s: %v", name, err)
 	}
 	return result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+// measured runs the client and tells how much memory it had at most, in KiB. That
+// is what time(1) is told by the kernel, which forks from a small process: our own
+// memory would count as that of what we start. The client has two processors: with
+// more it works on more files at a time.
+func (g *gateway) measured(t testing.TB, args ...string) (result, int) {
+	t.Helper()
+	var cpus unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
+		t.Fatal(err)
+	}
+	var two []string
+	for i := 0; len(two) < min(2, cpus.Count()); i++ {
+		if cpus.IsSet(i) {
+			two = append(two, strconv.Itoa(i))
+		}
+	}
+	out := filepath.Join(t.TempDir(), "kib")
+	r := g.try(t, "taskset", append([]string{"--cpu-list", strings.Join(two, ","), "time", "--quiet", "--format=%M", "--output=" + out,
+		filepath.Join(bin, "signwarden")}, args...)...)
+	b, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kib, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatalf("time: %v", err)
+	}
+	return r, kib
 }
 
 func mustEnv(t testing.TB, env []string, name string, args ...string) string {

@@ -7,20 +7,14 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/signwarden/signwarden/formats/hostiletest"
 )
-
-// hostileFiles is how many damaged files each of the four formats is tried with
-// here; formats/... try more of them without a gateway.
-const hostileFiles = hostiletest.Mutations / 4
 
 // hostileFormats are the formats that are read before they are signed.
 var hostileFormats = []struct {
@@ -99,7 +93,7 @@ func readFile(t testing.TB, path string) []byte {
 func TestHostileFiles(t *testing.T) {
 	g := newGateway(t)
 	g.key(t, "ed", "ed25519")
-	g.x509Key(t, "p256", "p256")
+	cert := g.x509Key(t, "p256", "p256")
 	for _, f := range hostileFormats {
 		t.Run(f.name, func(t *testing.T) {
 			seeds := f.seeds(t)
@@ -135,8 +129,13 @@ func TestHostileFiles(t *testing.T) {
 			if n := strings.Count(out, ": good signature by "); n != len(signed) {
 				t.Errorf("%d of %d verify", n, len(signed))
 			}
-			if f.name == "rpm" {
+			switch f.name { // what rpm and sbverify take is the same, damaged or not
+			case "rpm":
 				allOK(t, g.rpmdb(t, "ed"), signed)
+			case "efi":
+				for _, image := range signed[:100] {
+					mustEnv(t, os.Environ(), "sbverify", "--cert", cert, image)
+				}
 			}
 			if f.suffix == "" { // what was never signed does not verify
 				h.verify(t, verify, failed)
@@ -165,17 +164,12 @@ func (h *hostile) add(t testing.TB, name string, b []byte) string {
 // run runs the client, whose memory is bounded, and returns what it prints.
 func (h *hostile) run(t testing.TB, args []string) result {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(bin, "signwarden"), args...)
-	cmd.Env = h.g.env
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	_ = cmd.Run()
-	rss := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss // KiB
-	t.Logf("%q: %d KiB of memory", args[:2], rss)
-	if rss >= 64<<10 {
-		t.Errorf("the client took %d KiB, want under %d", rss, 64<<10)
+	r, kib := h.g.measured(t, args...)
+	t.Logf("%q: %d KiB of memory", args[:2], kib)
+	if kib<<10 >= hostiletest.Ceiling {
+		t.Errorf("the client took %d KiB, want under %d", kib, hostiletest.Ceiling>>10)
 	}
-	return result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+	return r
 }
 
 // sign runs the client over the directory, and returns which files it signed and

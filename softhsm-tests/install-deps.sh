@@ -12,6 +12,7 @@ need() { # need COMMAND DEB RPM
 [ -e /usr/lib/softhsm/libsofthsm2.so ] || [ -e /usr/lib64/pkcs11/libsofthsm2.so ] ||
     [ -e /usr/lib64/softhsm/libsofthsm2.so ] || { missing_deb="$missing_deb softhsm2" missing_rpm="$missing_rpm softhsm"; }
 [ -d /usr/lib/systemd/boot/efi ] || { missing_deb="$missing_deb systemd-boot-efi" missing_rpm="$missing_rpm systemd-boot-unsigned"; }
+[ -x /usr/bin/time ] || { missing_deb="$missing_deb time" missing_rpm="$missing_rpm time"; } # a shell has a word of that name
 need gpg gnupg gnupg2
 need gpgconf gpgconf gnupg2
 need gpg-agent gpg-agent gnupg2

@@ -302,6 +302,14 @@ func (w waiting) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 	return w.Signer.Sign(rand, digest, opts)
 }
 
+// memory takes from a budget, for a caller that has a job's place and gives that
+// away meanwhile: who has the memory may be waiting for the place.
+func (b *bulk) memory(from *budget, n int64) (release func()) {
+	<-b.busy
+	defer func() { b.busy <- struct{}{} }()
+	return from.take(n)
+}
+
 // each calls ask for 0 to n-1, many at a time, and waits for all. It is for a
 // caller that has a job's place, and gives that away meanwhile. After an error no
 // more are begun; the first one is returned.

@@ -27,7 +27,7 @@ import (
 
 // softMemory is what the garbage collector keeps the program within as long as
 // less is in use: packed modules leave megabytes behind, each.
-func softMemory() int64 { return 20<<20 + int64(runtime.NumCPU())*12<<20 }
+func softMemory() int64 { return 14<<20 + int64(runtime.NumCPU())*11<<20 }
 
 func main() {
 	if os.Getenv("GOMEMLIMIT") == "" {

@@ -20,10 +20,11 @@ type autoJob struct {
 	target
 	key     string
 	packers chan struct{}
+	headers *budget
 }
 
 func (a *app) signAuto() *cobra.Command {
-	j := autoJob{bulk: bulk{a: a}, packers: packers()}
+	j := autoJob{bulk: bulk{a: a}, packers: packers(), headers: newBudget(headerMemory)}
 	c := &cobra.Command{
 		Use:   "auto --key NAME FILE...",
 		Short: "Sign files that carry their signature, by what they hold",
@@ -77,8 +78,8 @@ func (j *autoJob) signFile(ctx context.Context, c *client.Client, k client.Key, 
 		if err != nil {
 			return "", err
 		}
-		r := rpmJob{target: j.target}
-		return r.signFile(ctx, file, pgp, func(nevra string, list []rpm.Request) ([][]byte, error) {
+		r := rpmJob{target: j.target, headers: j.headers}
+		return r.signFile(ctx, &j.bulk, file, pgp, func(nevra string, list []rpm.Request) ([][]byte, error) {
 			claim.NEVRA = nevra
 			return j.bulk.answers(list, packageSigner(ctx, c, k, claim), nil)
 		})

@@ -25,10 +25,19 @@ type rpmJob struct {
 	hash     hashFlag
 	options  rpm.Options
 	file     rpm.FileOptions
+	headers  *budget
 }
 
+// headerMemory is what the headers of all packages under way may take, in bytes:
+// usually some hundred kilobytes for each, of some packages many megabytes. One
+// that needs more is alone.
+const headerMemory = 24 << 20
+
+// imaMemory is how much more it is with signatures of the files.
+const imaMemory = 12
+
 func (a *app) signRPM() *cobra.Command {
-	j := rpmJob{bulk: bulk{a: a}}
+	j := rpmJob{bulk: bulk{a: a}, headers: newBudget(headerMemory)}
 	c := &cobra.Command{
 		Use:   "rpm --key NAME FILE...",
 		Short: "Sign RPM packages, in place",
@@ -93,7 +102,7 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 			}
 		}
 		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
-			return j.signFile(ctx, file, k, func(nevra string, list []rpm.Request) ([][]byte, error) {
+			return j.signFile(ctx, &j.bulk, file, k, func(nevra string, list []rpm.Request) ([][]byte, error) {
 				claim := client.Claim{File: filepath.Base(file), NEVRA: nevra}
 				return j.bulk.answers(list, packageSigner(ctx, c, k.Key, claim), c.Signer(ctx, ima, "ima", claim))
 			})
@@ -128,8 +137,30 @@ func (b *bulk) answers(list []rpm.Request, pkg, ima crypto.Signer) ([][]byte, er
 type signRequests func(nevra string, list []rpm.Request) ([][]byte, error)
 
 // signFile signs one package and returns where it is.
-func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, sign signRequests) (string, error) {
-	update, err := j.prepare(ctx, file, k, sign)
+func (j *rpmJob) signFile(ctx context.Context, b *bulk, file string, k openpgpKey, sign signRequests) (string, error) {
+	if _, err := rpm.Recover(file, j.file); err != nil {
+		return "", rpmHint(err)
+	}
+	f, err := openInput(file)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	in := untilDone{ctx, f}
+	need, err := rpm.Memory(in, info.Size())
+	if err != nil {
+		return "", err
+	}
+	if j.options.Files != nil {
+		need *= imaMemory
+	}
+	release := b.memory(j.headers, need)
+	defer release()
+	update, err := j.prepare(in, info.Size(), k, sign)
 	if err != nil {
 		return "", err
 	}
@@ -147,22 +178,9 @@ func (j *rpmJob) signFile(ctx context.Context, file string, k openpgpKey, sign s
 	return out, rpmHint(rpm.Rewrite(file, out, update, j.file))
 }
 
-// prepare reads a package and has it signed; the file is not changed, but for
-// what an earlier run has left unfinished.
-func (j *rpmJob) prepare(ctx context.Context, file string, k openpgpKey, sign signRequests) (*rpm.Update, error) {
-	if _, err := rpm.Recover(file, j.file); err != nil {
-		return nil, rpmHint(err)
-	}
-	f, err := openInput(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	p, err := rpm.ReadPackage(untilDone{ctx, f}, info.Size())
+// prepare reads a package and has it signed; the file is not changed.
+func (j *rpmJob) prepare(in untilDone, size int64, k openpgpKey, sign signRequests) (*rpm.Update, error) {
+	p, err := rpm.ReadPackage(in, size)
 	if err != nil {
 		return nil, err
 	}

@@ -114,6 +114,30 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) { _ = checkParsed(t, b, certs) })
 }
 
+func FuzzParseDigestAlgorithm(f *testing.F) {
+	for _, h := range []crypto.Hash{crypto.SHA256, crypto.SHA384, crypto.SHA512} {
+		der := cms.DigestAlgorithm(h)
+		got, err := cms.ParseDigestAlgorithm(der)
+		if err != nil || got != h {
+			f.Fatalf("%v: got %v, %v", h, got, err)
+		}
+		f.Add(der)
+		f.Add(append([]byte{0x30, der[1] - 2}, der[2:len(der)-2]...)) // parameters absent
+	}
+	f.Fuzz(func(t *testing.T, der []byte) {
+		h, err := cms.ParseDigestAlgorithm(der)
+		if err != nil {
+			if h != 0 || !errors.Is(err, cms.ErrMalformed) && !errors.Is(err, cms.ErrUnsupported) {
+				t.Errorf("got %v and %v", h, err)
+			}
+			return
+		}
+		if h != crypto.SHA1 && !bytes.HasPrefix(cms.DigestAlgorithm(h)[2:], der[2:]) {
+			t.Errorf("%x was read as %v", der, h)
+		}
+	})
+}
+
 // Bytes after a message, too many, and forms that are not DER.
 func TestParseRefuses(t *testing.T) {
 	s := newSubject(t, "p256", nil)

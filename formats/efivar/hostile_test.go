@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/signwarden/signwarden/formats/cms"
@@ -129,5 +130,17 @@ func FuzzParseLists(f *testing.F) {
 			}
 		}
 		_ = checkContents(t, s, b)
+	})
+}
+
+func FuzzParseGUID(f *testing.F) {
+	for _, v := range variables {
+		f.Add(v.Vendor.String())
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		g, err := efivar.ParseGUID(s)
+		if err == nil && g.String() != strings.ToLower(s) {
+			t.Errorf("%q came back as %s", s, g)
+		}
 	})
 }

@@ -53,6 +53,8 @@ func TestRefused(t *testing.T) {
 		{"no MZ", put16(good, 0, 0), pe.ErrMalformed},
 		{"PE header out of reach", put32(good, 60, 1<<31), pe.ErrMalformed},
 		{"no PE", put16(good, 0x80, 0), pe.ErrMalformed},
+		{"no machine", put16(good, atCOFF, 0), pe.ErrMalformed},
+		{"unknown machine", put16(good, atCOFF, 0x8665), pe.ErrMalformed},
 		{"no sections", put16(good, atCOFF+2, 0), pe.ErrMalformed},
 		{"65535 sections", put16(good, atCOFF+2, 0xffff), pe.ErrMalformed},
 		{"no optional header", put16(good, atCOFF+16, 0), pe.ErrMalformed},

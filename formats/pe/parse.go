@@ -60,6 +60,9 @@ func Parse(file io.ReaderAt, size int64) (*Image, error) {
 	if string(coff[:4]) != "PE\x00\x00" {
 		return nil, fmt.Errorf("%w: no PE signature at %d", ErrMalformed, at)
 	}
+	if machine := binary.LittleEndian.Uint16(coff[4:]); !slices.Contains(machines, machine) {
+		return nil, fmt.Errorf("%w: machine %#x is none that EFI has", ErrMalformed, machine)
+	}
 	sections := int64(binary.LittleEndian.Uint16(coff[6:]))
 	optSize := int64(binary.LittleEndian.Uint16(coff[20:]))
 	if sections == 0 || sections > maxSections {
@@ -76,6 +79,10 @@ func Parse(file io.ReaderAt, size int64) (*Image, error) {
 	}
 	return m, nil
 }
+
+// machines are those of EFI images (UEFI, section 2.1.1; PE, "Machine Types"): i386, x86-64, ia64, Arm (Thumb too), AArch64,
+// RISC-V, LoongArch, and EFI byte code. sbverify reads no other.
+var machines = []uint16{0x14c, 0x8664, 0x200, 0x1c0, 0x1c2, 0x1c4, 0xaa64, 0x5032, 0x5064, 0x5128, 0x6232, 0x6264, 0xebc}
 
 // peOffset is where the MS-DOS stub says that the PE signature is.
 func peOffset(dos [64]byte) int64 { return int64(binary.LittleEndian.Uint32(dos[60:])) }

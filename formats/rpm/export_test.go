@@ -61,3 +61,12 @@ func (h HookedDisk) ApplyInPlace(path string, u *Update, o FileOptions) error {
 func (h HookedDisk) Recover(path string, o FileOptions) (Recovery, error) {
 	return h.d.recover(path, o)
 }
+
+// ParseUndo reads an undo record and writes it again.
+func ParseUndo(b []byte) ([]byte, error) {
+	r, err := parseUndo(b)
+	if err != nil {
+		return nil, err
+	}
+	return r.marshal(), nil
+}

@@ -10,7 +10,8 @@ import (
 const (
 	MaxHeader     = 32 << 20 // bytes of a main header
 	maxEntries    = 65535
-	maxSigHeader  = 16 << 20 // bytes of a signature header; rpm takes 64 MiB, for file signatures
+	maxSigHeader  = 12 << 20 // bytes of a signature header; rpm takes 64 MiB, for file signatures
+	maxMemory     = 40 << 20 // of both, as memoryOf counts them
 	maxSigEntries = 32       // as rpm
 	maxFiles      = 512 << 10
 	maxSignatures = 16 // in tag 278: each is hashed for
@@ -21,6 +22,10 @@ const (
 	entrySize = 16
 	padding   = 8 // the signature header ends at a multiple
 )
+
+// memoryOf is how much memory the headers of a package take while it is signed, in bytes: the two as they are, the undo
+// record of the signature header, and what takes its place.
+func memoryOf(main, sig, update int64) int64 { return main + 2*sig + update }
 
 var headerMagic = []byte{0x8e, 0xad, 0xe8, 0x01, 0, 0, 0, 0}
 

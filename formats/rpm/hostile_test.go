@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/signwarden/signwarden/formats/hostiletest"
@@ -172,6 +173,52 @@ func TestClaims(t *testing.T) {
 			if n := after.TotalAlloc - before.TotalAlloc; n > 1<<20 {
 				t.Errorf("%#x at %d: %d bytes allocated", v, field, n)
 			}
+		}
+	}
+}
+
+// Headers that are large together are refused before they are read; a large one alone is read, and told of before.
+func TestMemory(t *testing.T) {
+	large := func(main, sig int) []byte {
+		h := header(63, str(1000, "large"), str(1001, "1"), str(1002, "1"), str(1005, strings.Repeat("x", main)), str(1022, "noarch"),
+			str(1044, "large-1-1.src.rpm"), tag{5092, 8, 1, append([]byte(sha256Hex(nil)), 0)}, num(5093, 8))
+		return pack(header(62, str(273, sha256Hex(h)), tag{1008, 7, 2000 + sig, make([]byte, 2000+sig)}), h, nil)
+	}
+	for _, tt := range []struct {
+		main, sig int // MiB
+		want      error
+	}{
+		{0, 0, nil}, {31, 0, nil}, {31, 2, nil}, {3, 11, nil},
+		{31, 3, rpm.ErrMalformed}, {10, 11, rpm.ErrMalformed}, {0, 12, rpm.ErrMalformed}, {33, 0, rpm.ErrMalformed},
+	} {
+		b := large(tt.main<<20, tt.sig<<20)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		n, err := rpm.Memory(bytes.NewReader(b), int64(len(b)))
+		wantError(t, err, tt.want)
+		p, rerr := rpm.ReadPackage(bytes.NewReader(b), int64(len(b)))
+		wantError(t, rerr, tt.want)
+		runtime.ReadMemStats(&after)
+		used := int64(after.TotalAlloc - before.TotalAlloc)
+		if tt.want != nil {
+			if used > 64<<10 {
+				t.Errorf("%d and %d MiB: %d bytes allocated to refuse them", tt.main, tt.sig, used)
+			}
+			continue
+		}
+		signing, err := rpm.Prepare(p, ed().key, rpm.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = signing.Sign(ed().signer, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		runtime.ReadMemStats(&after)
+		used = int64(after.TotalAlloc - before.TotalAlloc)
+		// Signing takes what it says, but for the undo record, and some buffers.
+		if used > n+2<<20 || n < int64(tt.main+3*tt.sig)<<20 {
+			t.Errorf("%d and %d MiB: %d bytes are told of, and %d allocated", tt.main, tt.sig, n, used)
 		}
 	}
 }

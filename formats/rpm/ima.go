@@ -1,7 +1,6 @@
 package rpm
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/rsa"
 	"crypto/sha1"
@@ -74,11 +73,16 @@ func newFileSigning(h *Header, key *rsa.PublicKey) (*fileSigning, error) {
 		}
 		s.files = append(s.files, n)
 	}
-	// Found out here, and not when thousands of signatures have been made.
-	if n := s.textSize(); n > maxSigHeader {
-		return nil, fmt.Errorf("%w: signatures of %d bytes, over %d", ErrUnsupported, n, maxSigHeader)
-	}
 	return s, nil
+}
+
+// checkRoom says that there is no room for the signatures: it is found out before thousands of them have been made.
+func (s *fileSigning) checkRoom(p *Package) error {
+	n := int64(s.textSize())
+	if n > maxSigHeader || memoryOf(int64(len(p.Header.h.raw)), int64(len(p.sig.raw)), n) > maxMemory {
+		return fmt.Errorf("%w: %d files need %d bytes for their signatures", ErrUnsupported, len(s.files), n)
+	}
+	return nil
 }
 
 // textSize is how many bytes the signatures of all files have in the signature header: hexadecimal digits, and a zero.
@@ -103,7 +107,7 @@ func (s *fileSigning) requests() []Request {
 // assemble makes the tags of the signature header: for each file its signature in hexadecimal digits, empty for a file
 // without a digest, and the length of the longest in bytes.
 func (s *fileSigning) assemble(raw [][]byte) ([]datum, error) {
-	var sigs []string
+	var sigs [][]byte
 	length := 0
 	for i, sig := range raw {
 		err := rsa.VerifyPKCS1v15(s.key, crypto.SHA256, s.digests[i], sig)
@@ -112,21 +116,20 @@ func (s *fileSigning) assemble(raw [][]byte) ([]datum, error) {
 		}
 		b := appendIMA(nil, s.key, sig)
 		length = max(length, len(b))
-		sigs = append(sigs, hex.EncodeToString(b))
+		sigs = append(sigs, b)
 	}
 	if length == 0 {
 		return nil, nil
 	}
-	var text bytes.Buffer
-	text.Grow(s.textSize())
+	text := make([]byte, 0, s.textSize())
 	for _, n := range s.files {
 		if n >= 0 {
-			text.WriteString(sigs[n])
+			text = hex.AppendEncode(text, sigs[n])
 		}
-		text.WriteByte(0)
+		text = append(text, 0)
 	}
 	return []datum{
-		{tagFileSigs, typeStringArray, len(s.files), text.Bytes()},
+		{tagFileSigs, typeStringArray, len(s.files), text},
 		{tagFileSigLength, typeInt32, 1, binary.BigEndian.AppendUint32(nil, uint32(length))},
 	}, nil
 }

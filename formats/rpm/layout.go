@@ -39,27 +39,24 @@ func layOut(old *rawHeader, list []datum, v6 bool) ([]byte, error) {
 		reserve = tagReservedV6
 	}
 	slices.SortFunc(list, func(a, b datum) int { return cmp.Compare(a.tag, b.tag) })
-	bare := marshal(list, reserve, 0)
+	bare := marshaledSize(list)
 	exact, room := len(old.raw), int(padded(int64(len(old.raw))))
 	// The length that rpm compares is without padding. Where reserved space was there before, a signature made and
 	// deleted again leaves the very bytes.
 	sizes := []int{exact, room}
-	raw := bare
-	if len(bare) != exact {
-		raw = nil
+	fill := 0
+	if bare != exact {
 		for _, size := range sizes {
-			if k := size - len(bare) - entrySize; k > 0 {
-				raw = marshal(list, reserve, k)
+			if k := size - bare - entrySize; k > 0 {
+				fill = k
 				break
 			}
 		}
-		if raw == nil && int(padded(int64(len(bare)))) == room {
-			raw = bare
-		}
-		if raw == nil {
-			raw = marshal(list, reserve, freshReserve)
+		if fill == 0 && int(padded(int64(bare))) != room {
+			fill = freshReserve
 		}
 	}
+	raw := marshal(list, reserve, fill)
 	size, err := headerSize(signatureKind, raw)
 	if err == nil && size != int64(len(raw)) {
 		err = fmt.Errorf("%d bytes, not %d", len(raw), size)
@@ -73,6 +70,18 @@ func layOut(old *rawHeader, list []datum, v6 bool) ([]byte, error) {
 	return append(raw, make([]byte, padded(int64(len(raw)))-int64(len(raw)))...), nil
 }
 
+// marshaledSize is the length of what marshal writes without reserved space.
+func marshaledSize(list []datum) int {
+	data := 0
+	for _, d := range list {
+		if w := int(d.typ.width()); w > 1 {
+			data += (w - data%w) % w
+		}
+		data += len(d.data)
+	}
+	return introSize + entrySize*(len(list)+2) + data
+}
+
 // marshal writes a signature header with a region (format_header.md). list is sorted by tag; reserved space of that many
 // zeros comes last, so that its length moves nothing else.
 func marshal(list []datum, reserveTag uint32, reserve int) []byte {
@@ -80,7 +89,10 @@ func marshal(list []datum, reserveTag uint32, reserve int) []byte {
 		list = append(slices.Clip(list), datum{reserveTag, typeBin, reserve, make([]byte, reserve)})
 	}
 	index := make([]byte, 0, entrySize*(len(list)+1))
-	var data []byte
+	// The data is written where it stays: it can have megabytes.
+	size := int64(marshaledSize(list))
+	raw := make([]byte, introSize+entrySize*(len(list)+1), padded(size))
+	data := raw[len(raw):]
 	for _, d := range list {
 		for w := int(d.typ.width()); w > 1 && len(data)%w != 0; {
 			data = append(data, 0)
@@ -91,12 +103,12 @@ func marshal(list []datum, reserveTag uint32, reserve int) []byte {
 	region := appendEntry(nil, tagSigRegion, typeBin, int32(len(data)), entrySize)
 	data = appendEntry(data, tagSigRegion, typeBin, int32(-entrySize*(len(list)+1)), entrySize)
 
-	raw := append([]byte{}, headerMagic...)
-	raw = binary.BigEndian.AppendUint32(raw, uint32(len(list)+1))
-	raw = binary.BigEndian.AppendUint32(raw, uint32(len(data)))
-	raw = append(raw, region...)
-	raw = append(raw, index...)
-	return append(raw, data...)
+	head := append(raw[:0], headerMagic...)
+	head = binary.BigEndian.AppendUint32(head, uint32(len(list)+1))
+	head = binary.BigEndian.AppendUint32(head, uint32(len(data)))
+	head = append(head, region...)
+	head = append(head, index...)
+	return head[:len(head)+len(data)]
 }
 
 func appendEntry(b []byte, tag uint32, typ dataType, off int32, count int) []byte {

@@ -145,6 +145,26 @@ func Recognize(r io.ReaderAt) bool {
 	return err == nil && bytes.Equal(magic, leadMagic)
 }
 
+// Memory tells how much memory the signing of a package takes for its headers, in bytes, without reading them. Who signs
+// many at a time asks before ReadPackage, for together they can take more than there is.
+func Memory(r io.ReaderAt, size int64) (int64, error) { return (&Package{r: r, size: size}).memory() }
+
+func (p *Package) memory() (int64, error) {
+	sig, err := p.headerSize(signatureKind, leadSize)
+	if err != nil {
+		return 0, err
+	}
+	main, err := p.headerSize(mainKind, leadSize+padded(sig))
+	if err != nil {
+		return 0, err
+	}
+	n := memoryOf(main, sig, sig)
+	if n > maxMemory {
+		return 0, fmt.Errorf("%w: headers of %d and %d bytes, too large together", ErrMalformed, sig, main)
+	}
+	return n, nil
+}
+
 // ReadPackage reads a package of size bytes. It takes no more memory than the two headers have, which are capped and
 // within size, and does not read the payload.
 func ReadPackage(r io.ReaderAt, size int64) (*Package, error) {
@@ -154,6 +174,10 @@ func ReadPackage(r io.ReaderAt, size int64) (*Package, error) {
 		return nil, fmt.Errorf("reading the lead: %w", err)
 	}
 	err = checkLead(p.lead[:])
+	if err != nil {
+		return nil, err
+	}
+	_, err = p.memory()
 	if err != nil {
 		return nil, err
 	}
@@ -213,19 +237,28 @@ func (p *Package) checkV6() error {
 	return nil
 }
 
-// readHeader reads the header at off: nothing is allocated before its length is known to be within the file.
-func (p *Package) readHeader(kind headerKind, off int64) ([]byte, error) {
+// headerSize is the length of the header at off, which is within the file.
+func (p *Package) headerSize(kind headerKind, off int64) (int64, error) {
 	var intro [introSize]byte
 	err := p.readAt(intro[:], off)
 	if err != nil {
-		return nil, fmt.Errorf("reading the %s: %w", kind.name, err)
+		return 0, fmt.Errorf("reading the %s: %w", kind.name, err)
 	}
 	size, err := headerSize(kind, intro[:])
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	if size > p.size-off {
-		return nil, fmt.Errorf("%w: %s of %d bytes at %d in a file of %d", ErrMalformed, kind.name, size, off, p.size)
+		return 0, fmt.Errorf("%w: %s of %d bytes at %d in a file of %d", ErrMalformed, kind.name, size, off, p.size)
+	}
+	return size, nil
+}
+
+// readHeader reads the header at off: nothing is allocated before its length is known to be within the file.
+func (p *Package) readHeader(kind headerKind, off int64) ([]byte, error) {
+	size, err := p.headerSize(kind, off)
+	if err != nil {
+		return nil, err
 	}
 	raw := make([]byte, size, padded(size))
 	err = p.readAt(raw, off)
@@ -233,7 +266,8 @@ func (p *Package) readHeader(kind headerKind, off int64) ([]byte, error) {
 		return nil, fmt.Errorf("reading the %s: %w", kind.name, err)
 	}
 	// A file that is written to may have changed in between.
-	if !bytes.Equal(raw[:introSize], intro[:]) {
+	again, err := headerSize(kind, raw[:introSize])
+	if err != nil || again != size {
 		return nil, fmt.Errorf("%w: the %s changes while it is read", ErrMalformed, kind.name)
 	}
 	return raw, nil

@@ -117,6 +117,9 @@ func (s *Signing) start() error {
 	}
 	if s.o.Files != nil {
 		s.files, err = newFileSigning(h, s.o.Files)
+		if err == nil && s.files != nil {
+			err = s.files.checkRoom(s.p)
+		}
 		if err != nil {
 			return fmt.Errorf("file signatures: %w", err)
 		}

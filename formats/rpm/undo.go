@@ -32,7 +32,7 @@ type undo struct {
 // marshal writes the record, with its own checksum at the end: a record that is not whole was never on the disk before the
 // package was touched.
 func (r undo) marshal() []byte {
-	b := []byte(undoMagic)
+	b := append(make([]byte, 0, undoFixed+len(r.old)+sha256.Size), undoMagic...)
 	for _, n := range []int64{r.offset, r.body, r.size} {
 		b = binary.BigEndian.AppendUint64(b, uint64(n))
 	}
