@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -176,7 +177,7 @@ func (g *Gateway) recall(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, a := range kept {
+	for _, a := range slices.Backward(kept) { // the youngest first: there may be too many
 		e, err := audit.Parse(a.Entry)
 		if err != nil || len(a.Answer) < sha256.Size {
 			return fmt.Errorf("reading the store: the answer kept with row %d: %w", a.Row, cmp.Or(err, errors.New("is cut off")))

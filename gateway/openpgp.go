@@ -98,7 +98,7 @@ func (g *Gateway) AmendOpenPGP(ctx context.Context, p ident.Principal, frontEnd,
 	if err := c.check(a.e.Time); err != nil {
 		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
-	a.e.Detail = c.words()
+	a.e.Detail = clip(a.e.Detail + c.words())
 	m := Amendment{Renew: c.Renew, UserID: c.AddUserID, Revoke: c.Revoke}
 	if c.Renew != nil {
 		t := c.Renew.UTC().Truncate(time.Second)
@@ -106,7 +106,7 @@ func (g *Gateway) AmendOpenPGP(ctx context.Context, p ident.Principal, frontEnd,
 			t = time.Time{}
 		}
 		m.Renew = &t
-		for _, other := range a.s.together(k) {
+		for _, other := range a.s.renewed(k) {
 			if len(other.OpenPGP.PrimaryID) > 0 { // it is a subkey
 				m.Subkeys = append(m.Subkeys, g.signerFor(ctx, other))
 			}
@@ -119,12 +119,12 @@ func (g *Gateway) AmendOpenPGP(ctx context.Context, p ident.Principal, frontEnd,
 	var set []store.SetOpenPGP
 	for _, other := range a.s.together(k) {
 		s := store.SetOpenPGP{Name: other.Name, Certificate: cert, Expires: other.OpenPGP.Expires, Disable: c.Revoke != nil}
-		if m.Renew != nil {
+		if m.Renew != nil && slices.Contains(a.s.renewed(k), other) {
 			s.Expires = *m.Renew
 		}
 		set = append(set, s)
 	}
-	return g.storeOpenPGP(ctx, p, a, name, k, store.Change{SetOpenPGP: set})
+	return g.storeOpenPGP(ctx, p, a, name, store.Change{SetOpenPGP: set}, func() {})
 }
 
 // Rotation asks for a new signing subkey in a key's certificate.
@@ -181,16 +181,14 @@ func (g *Gateway) RotateOpenPGP(ctx context.Context, p ident.Principal, frontEnd
 		g.destroy(ctx, ids)
 		return keys.Key{}, g.unamended(a, err)
 	}
-	a.e.Detail = fmt.Sprintf("key %s added to the certificate: algorithm %s, token %q, id %x, sha256 %s",
+	a.e.Detail += fmt.Sprintf("key %s added to the certificate: algorithm %s, token %q, id %x, sha256 %s",
 		next.Name, next.Algorithm, next.Token, next.ID, next.Fingerprint())
 	if !r.Retire.IsZero() {
 		a.e.Detail += "; this one expires at " + r.Retire.UTC().Format(time.RFC3339)
 	}
-	_, err = g.storeOpenPGP(ctx, p, a, name, k, store.Change{CreateKey: &next, SetOpenPGP: set, Forget: pairIDs(ids)})
+	_, err = g.storeOpenPGP(ctx, p, a, name, store.Change{CreateKey: &next, SetOpenPGP: set, Forget: pairIDs(ids)},
+		func() { g.destroy(ctx, ids) })
 	if err != nil {
-		if !g.stale.Load() {
-			g.destroy(ctx, ids)
-		}
 		return keys.Key{}, err
 	}
 	return next, nil
@@ -218,7 +216,7 @@ func (g *Gateway) rotate(ctx context.Context, s *snapshot, k *keys.Registered, r
 		}
 	}
 	pgp := *k.OpenPGP
-	pgp.Layout, pgp.Certificate, pgp.Expires = keys.Subkey, cert, ends(k.OpenPGP.Expires, r.Expires)
+	pgp.Layout, pgp.Certificate, pgp.Expires = keys.Subkey, cert, ends(s.expires(k), r.Expires)
 	if len(pgp.PrimaryID) == 0 { // the key itself is the primary
 		pgp.PrimaryID, pgp.PrimaryPublic = k.ID, k.Public
 	}
@@ -263,6 +261,20 @@ func (g *Gateway) beginOpenPGP(ctx context.Context, p ident.Principal, frontEnd,
 	if err != nil {
 		return a, nil, g.fail(a, audit.Denied, err)
 	}
+	// The certificate is that of others too: who changes it must administer all. He
+	// is not told which, since he may not know of them.
+	var others []string
+	for _, other := range a.s.together(k) {
+		if _, _, err := a.s.manage(p, other.Name, policy.Admin, a.e.Time); err != nil {
+			return a, nil, g.fail(a, audit.Denied, fmt.Errorf("%w: the certificate of %s has keys that you do not administer", sigerr.Denied, name))
+		}
+		if other != k {
+			others = append(others, other.Name)
+		}
+	}
+	if len(others) > 0 {
+		a.e.Detail = clip("with " + strings.Join(others, ", ") + ": ")
+	}
 	a.e.KeyFingerprint = k.Fingerprint()
 	return a, k, nil
 }
@@ -276,6 +288,26 @@ func (s *snapshot) together(k *keys.Registered) []*keys.Registered {
 		}
 	}
 	return out
+}
+
+// expires is when the certificate of a key does, the last of its keys; zero: never.
+func (s *snapshot) expires(k *keys.Registered) time.Time {
+	last := k.OpenPGP.Expires
+	for _, other := range s.together(k) {
+		if at := other.OpenPGP.Expires; at.IsZero() || !last.IsZero() && at.After(last) {
+			last = at
+		}
+	}
+	return last
+}
+
+// renewed are those keys of a certificate that are renewed with k: not what was
+// disabled, or is to end before the others.
+func (s *snapshot) renewed(k *keys.Registered) []*keys.Registered {
+	last := s.expires(k)
+	return slices.DeleteFunc(s.together(k), func(other *keys.Registered) bool {
+		return other != k && (other.State != keys.Enabled || !other.OpenPGP.Expires.Equal(last))
+	})
 }
 
 // primaryOf is the primary key of a key's certificate (SubjectPublicKeyInfo).
@@ -332,10 +364,16 @@ func (g *Gateway) unamended(a act, err error) error {
 }
 
 // storeOpenPGP makes the change durable, if the caller is an administrator still.
-func (g *Gateway) storeOpenPGP(ctx context.Context, p ident.Principal, a act, name string, k *keys.Registered, c store.Change) (keys.Key, error) {
+// Where it is certain that it was not made, undo is called.
+func (g *Gateway) storeOpenPGP(ctx context.Context, p ident.Principal, a act, name string, c store.Change, undo func()) (_ keys.Key, err error) {
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	_, _, err := g.snap.Load().manage(p, name, policy.Admin, g.c.Now())
+	defer func() {
+		if err != nil && !g.stale.Load() { // which nobody changes while admin is held
+			undo()
+		}
+	}()
+	_, _, err = g.snap.Load().manage(p, name, policy.Admin, g.c.Now())
 	if err == nil && c.CreateKey != nil {
 		d := g.snap.Load().rules.Allow(policy.Query{Principal: p.Name(), Key: c.CreateKey.Name, Action: policy.Admin, Now: g.c.Now()})
 		if !d.Allowed {

@@ -18,6 +18,7 @@ import (
 
 const admins = gatewaytest.Policy + `
   - {name: some, principals: [dave], keys: ["a-*"], may: [admin]}
+  - {name: one, principals: [erin], keys: [a-1], may: [admin]}
   - {name: look, principals: [carol], keys: ["*"], may: [read]}
 `
 
@@ -105,6 +106,9 @@ func TestAmendOpenPGPDenied(t *testing.T) {
 	certified(t, f, "b-1", keys.Subkey)
 	certified(t, f, "a-single", keys.Single)
 	f.Key(t, "a-plain", keys.P256)
+	if _, err := f.RotateOpenPGP(t.Context(), f.Root, "test", "a-1", gateway.Rotation{To: "a-next"}); err != nil {
+		t.Fatal(err)
+	}
 	past := time.Now().Add(-time.Hour)
 	amend := func(name string, c gateway.OpenPGPChange) func(who string) error {
 		return func(who string) error {
@@ -137,6 +141,7 @@ func TestAmendOpenPGPDenied(t *testing.T) {
 		{"no new name", "dave", rotate("a-1", gateway.Rotation{}), sigerr.Invalid},
 		{"no such algorithm", "dave", rotate("a-1", gateway.Rotation{To: "a-2", Algorithm: "dsa"}), sigerr.Invalid},
 		{"a subkey of the past", "dave", rotate("a-1", gateway.Rotation{To: "a-2", Expires: past}), sigerr.Invalid},
+		{"a certificate of others' too", "erin", amend("a-1", renewal), sigerr.Denied},
 		{"a primary retired", "dave", rotate("a-single", gateway.Rotation{To: "a-2", Retire: later}), sigerr.Invalid},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -208,5 +213,44 @@ func TestAmendOpenPGPFaults(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// What was disabled, or is to end before the others, is not renewed with them.
+func TestRenewLeavesWhatEnds(t *testing.T) {
+	var asked gateway.Amendment
+	f := gatewaytest.New(t, admins, func(c *gateway.Config) {
+		c.Amend = func(m gateway.Amendment) ([]byte, error) {
+			asked = m
+			return gatewaytest.Amend(m)
+		}
+	})
+	certified(t, f, "a-1", keys.Subkey)
+	end := time.Now().Add(24 * time.Hour).UTC().Truncate(time.Second)
+	for _, r := range []gateway.Rotation{{To: "a-2", Retire: end}, {To: "a-3"}} {
+		if _, err := f.RotateOpenPGP(t.Context(), f.Root, "test", "a-1", r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := f.SetKeyState(t.Context(), f.Root, "test", "a-3", keys.Disabled); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.AmendOpenPGP(t.Context(), f.Root, "test", "a-2", renewal); err != nil {
+		t.Fatal(err)
+	}
+	if len(asked.Subkeys) != 1 {
+		t.Errorf("%d subkeys are renewed, want a-2 alone", len(asked.Subkeys))
+	}
+	for name, want := range map[string]time.Time{"a-1": end, "a-2": later, "a-3": {}} {
+		if got := stored(t, f, name).OpenPGP.Expires; !got.Equal(want) {
+			t.Errorf("%s expires at %v, want %v", name, got, want)
+		}
+	}
+	// Asked for by its name, it is.
+	if _, err := f.AmendOpenPGP(t.Context(), f.Root, "test", "a-1", renewal); err != nil {
+		t.Fatal(err)
+	}
+	if got := stored(t, f, "a-1").OpenPGP.Expires; !got.Equal(later) {
+		t.Errorf("a-1 expires at %v, want %v", got, later)
 	}
 }

@@ -48,7 +48,7 @@ replaced. A package is checked against its own digests first, its payload too
 unless --no-payload-check is given.
 
 A kill or power cut at any point leaves the old or the new package, at the latest
-when the package is signed or verified here again: what is overwritten is first
+when the package is signed here again: what is overwritten is first
 kept beside it, in .NAME.signwarden-undo, and a package of up to 1 MiB is copied
 and renamed.
 

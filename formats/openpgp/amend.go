@@ -227,7 +227,12 @@ type amending struct {
 	self    selfSignature
 	flags   byte      // of the primary key
 	expires time.Time // the primary key, until now
+
+	revocations int // signatures on the primary key, until now
 }
+
+// maxGrown leaves room for a revocation.
+const maxGrown = MaxCertificate / 2
 
 // open checks what every amendment needs. expires is the new time of expiry, zero for none.
 func (a Amendment) open(expires time.Time) (*amending, error) {
@@ -244,6 +249,7 @@ func (a Amendment) open(expires time.Time) (*amending, error) {
 	if err != nil {
 		return nil, err
 	}
+	w.revocations = len(w.parts[0].signatures)
 	if len(w.entity.Revocations) > 0 {
 		return nil, fmt.Errorf("%w: the certificate is revoked", ErrKeyUnusable)
 	}
@@ -320,6 +326,9 @@ func (w *amending) finish() ([]byte, error) {
 		for _, s := range p.signatures {
 			out = append(out, s...)
 		}
+	}
+	if len(out) > maxGrown && len(w.parts[0].signatures) == w.revocations {
+		return nil, fmt.Errorf("%w: the certificate has grown to %d bytes, over %d; make a new key", ErrUnsupported, len(out), maxGrown)
 	}
 	c, err := ParseCertificate(out)
 	if err == nil && c.master != w.Certificate.master {

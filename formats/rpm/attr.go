@@ -13,6 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// accessList is the attribute of an access control list.
+const accessList = "system.posix_acl_access"
+
 // staleAttributes are about a file's bytes, which are others now.
 var staleAttributes = []string{"security.ima", "security.evm"}
 
@@ -43,6 +46,17 @@ func giveAttributes(out, f *os.File, must bool) error {
 	names, err := listAttributes(f)
 	if err != nil {
 		return fmt.Errorf("reading extended attributes: %w", err)
+	}
+	// What a directory gives to new files, and this one did not have, would open it to others.
+	if !slices.Contains(names, accessList) {
+		err = unix.Fremovexattr(int(out.Fd()), accessList)
+		if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.ENOTSUP) {
+			return fmt.Errorf("removing the inherited access list: %w", err)
+		}
+		err = out.Chmod(info.Mode()) // of which it was a part
+		if err != nil {
+			return fmt.Errorf("keeping the mode: %w", err)
+		}
 	}
 	for _, name := range names {
 		if slices.Contains(staleAttributes, name) {

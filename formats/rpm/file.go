@@ -118,6 +118,11 @@ func (s *dirSyncs) sync(path string) error {
 		q.next = nil // who comes from now on may be too late for this one
 		s.mu.Unlock()
 		mine.err = syncDir(path)
+		s.mu.Lock()
+		if q.next == nil { // nobody has come meanwhile
+			delete(s.of, path)
+		}
+		s.mu.Unlock()
 		q.turn.Unlock()
 		close(mine.done)
 	}
@@ -214,12 +219,21 @@ func (d disk) rewrite(path, dst string, u *Update, o FileOptions) error {
 // place it takes; where it cannot be, that is errAttributes, and nothing was changed.
 func (d disk) replace(f *os.File, dst string, u *Update, asOld bool) error {
 	temp := beside(dst, "new")
-	out, err := d.create(temp, 0)
+	// A file of ours, not one that somebody has put there. What a killed signer has left has nobody's lock, and goes.
+	out, err := d.create(temp, os.O_EXCL)
+	if errors.Is(err, os.ErrExist) {
+		err = d.removeTemp(dst)
+		if err == nil {
+			out, err = d.create(temp, os.O_EXCL)
+		}
+	}
+	if errors.Is(err, os.ErrExist) {
+		err = ErrLocked
+	}
 	if err != nil {
 		return fmt.Errorf("writing %s: %w", dst, err)
 	}
 	defer out.Close()
-	// What a killed signer has left has nobody's lock, and is used again.
 	err = lock(out, temp)
 	if err != nil {
 		return fmt.Errorf("writing %s: %w", dst, err)

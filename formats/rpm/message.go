@@ -24,10 +24,10 @@ func ReadMessage(b []byte, hash crypto.Hash) (*Header, openpgp.Trailer, error) {
 	}
 	t, err := openpgp.ParseTrailer(rest)
 	if err != nil {
-		return nil, openpgp.Trailer{}, fmt.Errorf("after the header of %q: %w", h.NEVRA.Name, err)
+		return nil, openpgp.Trailer{}, fmt.Errorf("after the header of %.100q: %w", h.NEVRA.Name, err)
 	}
 	if t.Type != openpgp.SigBinary || t.Hash != hash {
-		return nil, openpgp.Trailer{}, fmt.Errorf("%w: after the header of %q: trailer of a signature of type 0x%02x by %v, not 0x00 by %v",
+		return nil, openpgp.Trailer{}, fmt.Errorf("%w: after the header of %.100q: trailer of a signature of type 0x%02x by %v, not 0x00 by %v",
 			ErrMalformed, h.NEVRA.Name, byte(t.Type), t.Hash, hash)
 	}
 	return h, t, nil

@@ -44,7 +44,9 @@ import (
 // Config says where the gateway is and who we are.
 type Config struct {
 	// Address is host:port. Replicas are more of them, of gateways with the same
-	// keys: a stream is opened with each in turn that serves.
+	// keys: a stream is opened with each in turn that serves. Only replicas of one
+	// store know each other's ids: of others a request sent again may be signed, and
+	// recorded, by each.
 	Address  string
 	Replicas []string
 	// TLS has our certificate and the CA that issued the gateway's.

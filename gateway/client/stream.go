@@ -157,12 +157,19 @@ func (s *stream) send() {
 	for {
 		m := &pb.SignStreamRequest{}
 		size := 0
+		var large *pb.SignItem // that comes after m, in parts
 		add := func(it *pb.SignItem) {
 			m.Items = append(m.Items, it)
-			size += proto.Size(it) // with its message: one large one goes alone
+			size += proto.Size(it)
 		}
 		select {
 		case it := <-s.out:
+			if len(it.GetMessage()) > pb.MaxPart {
+				if s.sendParts(it) != nil {
+					return // the receiver gets the reason
+				}
+				continue
+			}
 			add(it)
 		case <-s.quiet:
 			// An error here is seen by the receiver too.
@@ -178,15 +185,41 @@ func (s *stream) send() {
 		for len(m.Items) < pb.MaxItems && size < pb.MaxMessage/2 {
 			select {
 			case it := <-s.out:
+				if len(it.GetMessage()) > pb.MaxPart {
+					large = it
+					break gather
+				}
 				add(it)
 			default:
 				break gather
 			}
 		}
 		if err := s.st.Send(m); err != nil {
-			return // the receiver gets the reason
+			return
+		}
+		if large != nil && s.sendParts(large) != nil {
+			return
 		}
 	}
+}
+
+// sendParts sends an item whose message is too large for one.
+func (s *stream) sendParts(it *pb.SignItem) error {
+	whole := it.GetMessage()
+	size := uint32(len(whole))
+	for len(whole) > pb.MaxPart {
+		part := &pb.SignItem{Id: it.GetId(), Message: whole[:pb.MaxPart], MessageSize: size}
+		if err := s.st.Send(&pb.SignStreamRequest{Items: []*pb.SignItem{part}}); err != nil {
+			return err
+		}
+		whole = whole[pb.MaxPart:]
+	}
+	last := proto.CloneOf(&pb.SignItem{ // it may be sent again, whole
+		Id: it.GetId(), Key: it.GetKey(), Hash: it.GetHash(), Scheme: it.GetScheme(), Format: it.GetFormat(),
+		Claim: it.GetClaim(), SaltLength: it.GetSaltLength(),
+	})
+	last.Message, last.MessageSize = whole, size
+	return s.st.Send(&pb.SignStreamRequest{Items: []*pb.SignItem{last}})
 }
 
 func (s *stream) receive() {

@@ -20,10 +20,12 @@ import (
 
 // The bounds of the protocol.
 const (
-	// MaxMessage is the size of the largest message, in bytes, without the
-	// messages to be signed that are in it; those have at most MaxContent in all.
+	// MaxMessage is the size of the largest message, in bytes.
 	MaxMessage = 1 << 20
+	// MaxContent is the size of the largest message to be signed, and MaxPart
+	// that of the part of one that an item carries.
 	MaxContent = 16 << 20
+	MaxPart    = 384 << 10
 	// MaxItems is how many items or results a message of a stream carries.
 	MaxItems = 256
 	// RetryDelay is what a refusal for overload suggests to wait, where the

@@ -459,7 +459,11 @@ type SignItem struct {
 	// signature hashes (RFC 9580 section 5.2.4). No other format has messages.
 	Message []byte `protobuf:"bytes,8,opt,name=message,proto3" json:"message,omitempty"`
 	// Length of the salt of RSA_PSS, in bytes. 0: as long as the hash.
-	SaltLength    uint32 `protobuf:"varint,9,opt,name=salt_length,json=saltLength,proto3" json:"salt_length,omitempty"`
+	SaltLength uint32 `protobuf:"varint,9,opt,name=salt_length,json=saltLength,proto3" json:"salt_length,omitempty"`
+	// Where the message comes in parts, which one over 384 KiB must: the size of the
+	// whole, in each of its items. They follow each other on the stream; the fields
+	// besides the id, the part and this one are read of the last.
+	MessageSize   uint32 `protobuf:"varint,10,opt,name=message_size,json=messageSize,proto3" json:"message_size,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -553,6 +557,13 @@ func (x *SignItem) GetMessage() []byte {
 func (x *SignItem) GetSaltLength() uint32 {
 	if x != nil {
 		return x.SaltLength
+	}
+	return 0
+}
+
+func (x *SignItem) GetMessageSize() uint32 {
+	if x != nil {
+		return x.MessageSize
 	}
 	return 0
 }
@@ -813,7 +824,7 @@ const file_signwarden_v1_signing_proto_rawDesc = "" +
 	"\x05drain\x18\x03 \x01(\v2\x14.signwarden.v1.DrainR\x05drain\"\"\n" +
 	"\bSettings\x12\x16\n" +
 	"\x06window\x18\x01 \x01(\rR\x06window\"\a\n" +
-	"\x05Drain\"\xad\x02\n" +
+	"\x05Drain\"\xd0\x02\n" +
 	"\bSignItem\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x16\n" +
@@ -824,7 +835,9 @@ const file_signwarden_v1_signing_proto_rawDesc = "" +
 	"\x05claim\x18\a \x01(\v2\x14.signwarden.v1.ClaimR\x05claim\x12\x18\n" +
 	"\amessage\x18\b \x01(\fR\amessage\x12\x1f\n" +
 	"\vsalt_length\x18\t \x01(\rR\n" +
-	"saltLength\"l\n" +
+	"saltLength\x12!\n" +
+	"\fmessage_size\x18\n" +
+	" \x01(\rR\vmessageSize\"l\n" +
 	"\x05Claim\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12%\n" +
 	"\x0econtent_sha256\x18\x02 \x01(\tR\rcontentSha256\x12\x14\n" +

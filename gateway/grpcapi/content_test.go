@@ -86,18 +86,48 @@ func TestMessageSizes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ask := func(conn *rawStream, id string, n int) *pb.SignResult {
+	part := func(id string, size, n int) *pb.SignItem {
 		it := item("k", id)
-		it.Digest, it.Format, it.Message = nil, "rpm", make([]byte, n)
-		return conn.one(it)
+		it.Digest, it.Format, it.Message, it.MessageSize = nil, "rpm", make([]byte, n), uint32(size)
+		return it
 	}
-	st := openStream(t, s.raw(t, "root"))
 	// gatewaytest.Read refuses zeros: that it says so shows that they have arrived.
-	if got := ask(st, "largest", pb.MaxContent).GetError(); codes.Code(got.GetCode()) != codes.InvalidArgument || !strings.Contains(got.GetMessage(), "1 lines") {
+	st := openStream(t, s.raw(t, "root"))
+	for left := pb.MaxContent; left > pb.MaxPart; left -= pb.MaxPart {
+		st.send(part("largest", pb.MaxContent, pb.MaxPart))
+	}
+	if got := st.one(part("largest", pb.MaxContent, (pb.MaxContent-1)%pb.MaxPart+1)).GetError(); codes.Code(got.GetCode()) != codes.InvalidArgument || !strings.Contains(got.GetMessage(), "1 lines") {
 		t.Errorf("of the greatest size: %v", got)
 	}
-	if got := ask(st, "larger", pb.MaxContent+1).GetError(); codes.Code(got.GetCode()) != codes.InvalidArgument || !strings.Contains(got.GetMessage(), "16777217") {
-		t.Errorf("one byte more: %v", got)
+	for name, items := range map[string][]*pb.SignItem{
+		"larger":             {part("a", pb.MaxContent+1, pb.MaxPart)},
+		"another between":    {part("a", 100, 50), part("b", 0, 50)},
+		"another's part":     {part("a", 100, 50), part("b", 100, 50)},
+		"another size":       {part("a", 100, 50), part("a", 101, 51)},
+		"more than it said":  {part("a", 100, 50), part("a", 100, 51)},
+		"an empty part":      {part("a", 100, 50), part("a", 100, 0)},
+		"a first empty part": {part("a", 100, 0)},
+	} {
+		st := openStream(t, s.raw(t, "root"))
+		st.send(items...)
+		if _, err := st.st.Recv(); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%s: %v, want InvalidArgument", name, err)
+		}
+	}
+	if _, err := pb.NewSigningServiceClient(s.raw(t, "root")).Sign(t.Context(), &pb.SignRequest{Item: part("a", 100, 100)}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("a part by itself: %v, want InvalidArgument", err)
+	}
+	// A stream that ends amid its parts gives back what it had taken: five of these
+	// would be more than there is.
+	for range 8 {
+		st := openStream(t, s.raw(t, "root"))
+		st.send(part("half", pb.MaxContent, pb.MaxPart))
+		if err := st.st.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := st.st.Recv(); err == nil {
+			t.Error("half a message was answered")
+		}
 	}
 	m := c.MessageSigner(t.Context(), k, "rpm", client.Claim{})
 	if _, err := m.SignMessage(nil, make([]byte, client.MaxMessage+1), digestOpts{crypto.SHA256}); err == nil || !strings.Contains(err.Error(), "16777217") {

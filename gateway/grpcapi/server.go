@@ -46,7 +46,8 @@ const (
 
 	maxItem = 64 << 10 // bytes of one item but for its message: a window of them is kept in memory
 	// maxContent bounds the bytes of messages of one principal that are being
-	// signed. A stream that would go beyond is read no further for a while.
+	// received and signed. A stream that would go beyond is read no further for a
+	// while, so what it sends stays with its sender.
 	maxContent = 64 << 20
 	maxText    = 2 << 10 // bytes of an error's text: in a header others take no more
 )
@@ -96,7 +97,7 @@ func New(c Config) (*Server, error) {
 			MinVersion:         tls.VersionTLS13,
 			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.TLS(), nil },
 		}), c.Logger)),
-		grpc.MaxRecvMsgSize(pb.MaxMessage+pb.MaxContent),
+		grpc.MaxRecvMsgSize(pb.MaxMessage),
 		grpc.MaxHeaderListSize(maxHeaderList),
 		grpc.ForceServerCodecV2(boundedCodec{encoding.GetCodecV2(proto.Name)}),
 		grpc.MaxConcurrentStreams(maxConcurrentStreams),

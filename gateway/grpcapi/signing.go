@@ -44,26 +44,8 @@ func response(sig gateway.Signature) *pb.Signature {
 
 // checkItem bounds what an item makes us keep, and repeat in its answer.
 func checkItem(it *pb.SignItem) error {
-	if n := len(it.GetMessage()); n > pb.MaxContent {
-		return fmt.Errorf("%w: the message has %d bytes; at most %d are taken", sigerr.Invalid, n, pb.MaxContent)
-	}
 	if n := proto.Size(it) - len(it.GetMessage()); n > maxItem {
 		return fmt.Errorf("%w: the item has %d bytes; at most %d are taken", sigerr.Invalid, n, maxItem)
-	}
-	return nil
-}
-
-// checkMessage bounds what a message of a stream makes us keep.
-func checkMessage(m *pb.SignStreamRequest) error {
-	if n := len(m.GetItems()); n > pb.MaxItems {
-		return fmt.Errorf("%w: a message carries %d items; at most %d are taken", sigerr.Invalid, n, pb.MaxItems)
-	}
-	size := proto.Size(m)
-	for _, it := range m.GetItems() {
-		size -= len(it.GetMessage())
-	}
-	if size > pb.MaxMessage {
-		return fmt.Errorf("%w: a message has %d bytes besides what is to be signed; at most %d are taken", sigerr.Overloaded, size, pb.MaxMessage)
 	}
 	return nil
 }
@@ -73,13 +55,10 @@ func (s *signing) Sign(ctx context.Context, r *pb.SignRequest) (*pb.SignResponse
 	if err := checkItem(r.GetItem()); err != nil {
 		return nil, err
 	}
-	p := principal(ctx)
-	give, err := s.s.content.take(ctx, p.Name(), len(r.GetItem().GetMessage()))
-	if err != nil {
-		return nil, err
+	if r.GetItem().GetMessageSize() != 0 {
+		return nil, fmt.Errorf("%w: parts of a message are for SignStream", sigerr.Invalid)
 	}
-	defer give()
-	sig, err := s.s.c.Gateway.Sign(ctx, p, request(r.GetItem()))
+	sig, err := s.s.c.Gateway.Sign(ctx, principal(ctx), request(r.GetItem()))
 	if err != nil {
 		return nil, err
 	}
@@ -100,6 +79,9 @@ func (s *signing) SignStream(st grpc.BidiStreamingServer[pb.SignStreamRequest, p
 	go func() { sendErr <- t.send(st) }()
 
 	err = t.receive(ctx, st)
+	if t.part != nil {
+		t.part.give()
+	}
 	t.wg.Wait()
 	close(t.results)
 	if serr := <-sendErr; err == nil {
@@ -114,6 +96,7 @@ type stream struct {
 	p       ident.Principal
 	results chan result
 	places  chan struct{} // one for each unanswered item
+	part    *part         // nil: no message is being received in parts
 	wg      sync.WaitGroup
 }
 
@@ -133,8 +116,8 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 		if err != nil {
 			return err
 		}
-		if err := checkMessage(m); err != nil {
-			return err
+		if n := len(m.GetItems()); n > pb.MaxItems {
+			return fmt.Errorf("%w: a message carries %d items; at most %d are taken", sigerr.Invalid, n, pb.MaxItems)
 		}
 		for _, it := range m.GetItems() {
 			if len(it.GetId()) > gateway.MaxID {
@@ -142,12 +125,15 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 				// that does not read could have us keep many.
 				return fmt.Errorf("%w: an id has %d bytes; at most %d are taken", sigerr.Invalid, len(it.GetId()), gateway.MaxID)
 			}
+			give, more, err := t.join(ctx, it)
+			if err != nil {
+				return err
+			}
+			if more {
+				continue
+			}
 			select {
 			case t.places <- struct{}{}:
-				give, err := t.s.content.take(ctx, t.p.Name(), min(len(it.GetMessage()), pb.MaxContent))
-				if err != nil {
-					return err
-				}
 				t.wg.Go(func() {
 					defer give()
 					t.results <- result{t.sign(ctx, it), true}
@@ -156,10 +142,49 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 				// The client keeps no window: answer here, so that it cannot
 				// make work faster than it reads answers.
 				err := fmt.Errorf("%w: more than %d items of this stream are unanswered", sigerr.Overloaded, cap(t.places))
+				give()
 				t.results <- result{t.fail(it, err), false}
 			}
 		}
 	}
+}
+
+// part is a message that is being received.
+type part struct {
+	id   string
+	size int
+	got  []byte
+	give func() // what the whole of it takes of the budget
+}
+
+// join puts the parts of a message together: more is that there are some to come.
+// What a message takes of its principal's budget is waited for before its first
+// part is kept; give gives it back.
+func (t *stream) join(ctx context.Context, it *pb.SignItem) (give func(), more bool, err error) {
+	size, n := int(it.GetMessageSize()), len(it.GetMessage())
+	switch {
+	case size == 0 && t.part == nil:
+		give, err = t.s.content.take(ctx, t.p.Name(), n)
+		return give, false, err
+	case size > pb.MaxContent:
+		return nil, false, fmt.Errorf("%w: a message has %d bytes; at most %d are taken", sigerr.Invalid, size, pb.MaxContent)
+	case t.part == nil:
+		give, err = t.s.content.take(ctx, t.p.Name(), size)
+		if err != nil {
+			return nil, false, err
+		}
+		t.part = &part{id: it.GetId(), size: size, got: make([]byte, 0, size), give: give}
+	}
+	p := t.part
+	if p.id != it.GetId() || p.size != size || n == 0 || n > size-len(p.got) {
+		return nil, false, fmt.Errorf("%w: the parts of a message do not fit together", sigerr.Invalid)
+	}
+	p.got = append(p.got, it.GetMessage()...)
+	if len(p.got) < size {
+		return nil, true, nil
+	}
+	it.Message, t.part = p.got, nil
+	return p.give, false, nil
 }
 
 func (t *stream) sign(ctx context.Context, it *pb.SignItem) (res *pb.SignResult) {
@@ -175,7 +200,9 @@ func (t *stream) sign(ctx context.Context, it *pb.SignItem) (res *pb.SignResult)
 	if err := checkItem(it); err != nil {
 		return t.fail(it, err)
 	}
-	sig, err := t.s.c.Gateway.Sign(ctx, t.p, request(it))
+	r := request(it)
+	it.Message = nil // the gateway frees it when it has been read
+	sig, err := t.s.c.Gateway.Sign(ctx, t.p, r)
 	if err != nil {
 		return t.fail(it, err)
 	}
