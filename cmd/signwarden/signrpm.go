@@ -111,12 +111,13 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 }
 
 // packageSigner signs packages: where the gateway wants to read what it signs it is
-// a crypto.MessageSigner, which is shown their headers.
+// a crypto.MessageSigner, which is shown their headers. rpm.Signing.Finish verifies
+// what it answers.
 func packageSigner(ctx context.Context, c *client.Client, k client.Key, claim client.Claim) crypto.Signer {
 	if slices.Contains(k.Reads, "rpm") {
-		return c.MessageSigner(ctx, k, "rpm", claim)
+		return client.MessageSigner{Signer: c.Signer(ctx, k, "rpm", claim).Unverified()}
 	}
-	return c.Signer(ctx, k, "rpm", claim)
+	return c.Signer(ctx, k, "rpm", claim).Unverified()
 }
 
 // answers has the requests of one package signed: by pkg, those of its files by ima.
