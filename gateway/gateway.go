@@ -343,6 +343,8 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, pkg *p
 	if err := s.limits.take(p.Name(), k.Name, rule, g.c.Now()); err != nil {
 		return g.refuse(e, audit.Denied, err, err.Error())
 	}
+	expected := g.audit.Expect()
+	defer expected.Cancel()
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
 	sig, err := g.c.Token.Sign(tctx, k.ID, r.Digest, scheme.SaltedOptions(r.Hash, r.SaltLength))
 	cancel()
@@ -372,7 +374,7 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, pkg *p
 	if r.ID != "" {
 		answer = r.answer(sig)
 	}
-	row, err := g.audit.AppendAnswer(e, answer)
+	row, err := expected.Append(e, answer)
 	if err != nil { // 3
 		return Signature{}, g.unrecorded(err)
 	}

@@ -37,8 +37,8 @@ const (
 )
 
 // bulk signs many files over one stream. Each is read, waits for its signature,
-// and is written, by a goroutine of its own; of those only so many as there are
-// jobs read or write at a time, and the others wait for the gateway.
+// and is written, by one of as many goroutines as the window has files; of those only
+// so many as there are jobs read or write at a time, and the others wait for the gateway.
 type bulk struct {
 	a         *app
 	recursive bool
@@ -198,19 +198,26 @@ func (b *bulk) run(ctx context.Context, files []string, sign func(ctx context.Co
 
 	b.begin(len(files))
 	var wg sync.WaitGroup
-	places := make(chan struct{}, b.window)
+	next := make(chan string)
+	for range min(b.window, len(files)) {
+		wg.Go(func() {
+			for file := range next {
+				b.one(ctx, file, sign)
+			}
+		})
+	}
 	interrupted, done := false, 0
 	for _, file := range files {
 		select {
 		case <-signals:
 			interrupted = true
-		case places <- struct{}{}:
-			wg.Go(func() { b.one(ctx, file, sign); <-places })
+		case next <- file:
 			done++
 			continue
 		}
 		break
 	}
+	close(next)
 	finished := make(chan struct{})
 	go func() { wg.Wait(); close(finished) }()
 	for waiting := true; waiting; {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"path/filepath"
@@ -21,10 +22,11 @@ type autoJob struct {
 	key     string
 	packers chan struct{}
 	headers *budget
+	undo    *rpm.Journal
 }
 
 func (a *app) signAuto() *cobra.Command {
-	j := autoJob{bulk: bulk{a: a}, packers: packers(), headers: newBudget(headerMemory)}
+	j := autoJob{bulk: bulk{a: a}, packers: packers(), headers: newBudget(headerMemory), undo: rpm.NewJournal()}
 	c := &cobra.Command{
 		Use:   "auto --key NAME FILE...",
 		Short: "Sign files that carry their signature, by what they hold",
@@ -60,7 +62,8 @@ func (j *autoJob) sign(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
-		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) { return j.signFile(ctx, c, k, file) })
+		err = j.run(ctx, files, func(ctx context.Context, file string) (string, error) { return j.signFile(ctx, c, k, file) })
+		return cmp.Or(err, j.undo.Close())
 	})
 }
 
@@ -78,7 +81,7 @@ func (j *autoJob) signFile(ctx context.Context, c *client.Client, k client.Key, 
 		if err != nil {
 			return "", err
 		}
-		r := rpmJob{target: j.target, headers: j.headers}
+		r := rpmJob{target: j.target, headers: j.headers, undo: j.undo}
 		return r.signFile(ctx, &j.bulk, file, pgp, func(nevra string, list []rpm.Request) ([][]byte, error) {
 			claim.NEVRA = nevra
 			return j.bulk.answers(list, packageSigner(ctx, c, k, claim), nil)

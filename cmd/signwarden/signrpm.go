@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rsa"
@@ -26,6 +27,7 @@ type rpmJob struct {
 	options  rpm.Options
 	file     rpm.FileOptions
 	headers  *budget
+	undo     *rpm.Journal
 }
 
 // headerMemory is what the headers of all packages under way may take, in bytes:
@@ -37,7 +39,7 @@ const headerMemory = 24 << 20
 const imaMemory = 12
 
 func (a *app) signRPM() *cobra.Command {
-	j := rpmJob{bulk: bulk{a: a}, headers: newBudget(headerMemory)}
+	j := rpmJob{bulk: bulk{a: a}, headers: newBudget(headerMemory), undo: rpm.NewJournal()}
 	c := &cobra.Command{
 		Use:   "rpm --key NAME FILE...",
 		Short: "Sign RPM packages, in place",
@@ -48,9 +50,8 @@ replaced. A package is checked against its own digests first, its payload too
 unless --no-payload-check is given.
 
 A kill or power cut at any point leaves the old or the new package, at the latest
-when the package is signed here again: what is overwritten is first
-kept beside it, in .NAME.signwarden-undo, and a package of up to 1 MiB is copied
-and renamed.
+when a package of that directory is signed again: what is overwritten is first kept
+beside it, in .signwarden-undo or .NAME.signwarden-undo.
 
 An error with one file does not stop the others; then the exit code is 6. SIGINT
 begins no more files and lets those under way finish.`,
@@ -101,12 +102,13 @@ func (j *rpmJob) sign(ctx context.Context, args []string) error {
 				return exit.UsageError("--ima: key %q is %s; IMA signatures are made with an RSA key", ima.Name, ima.Algorithm)
 			}
 		}
-		return j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
+		err = j.run(ctx, files, func(ctx context.Context, file string) (string, error) {
 			return j.signFile(ctx, &j.bulk, file, k, func(nevra string, list []rpm.Request) ([][]byte, error) {
 				claim := client.Claim{File: filepath.Base(file), NEVRA: nevra}
 				return j.bulk.answers(list, packageSigner(ctx, c, k.Key, claim), c.Signer(ctx, ima, "ima", claim))
 			})
 		})
+		return cmp.Or(err, j.undo.Close())
 	})
 }
 
@@ -139,7 +141,7 @@ type signRequests func(nevra string, list []rpm.Request) ([][]byte, error)
 
 // signFile signs one package and returns where it is.
 func (j *rpmJob) signFile(ctx context.Context, b *bulk, file string, k openpgpKey, sign signRequests) (string, error) {
-	if _, err := rpm.Recover(file, j.file); err != nil {
+	if _, err := j.undo.Recover(file, j.file); err != nil {
 		return "", rpmHint(err)
 	}
 	f, err := openInput(file)
@@ -167,7 +169,7 @@ func (j *rpmJob) signFile(ctx context.Context, b *bulk, file string, k openpgpKe
 	}
 	out := j.target.path(file, "")
 	if out == file {
-		return out, rpmHint(rpm.ApplyInPlace(file, update, j.file))
+		return out, rpmHint(j.undo.ApplyInPlace(file, update, j.file))
 	}
 	switch info, err := os.Lstat(out); {
 	case err != nil: // none, or it is told when it is written

@@ -19,17 +19,8 @@ const accessList = "system.posix_acl_access"
 // staleAttributes are about a file's bytes, which are others now.
 var staleAttributes = []string{"security.ima", "security.evm"}
 
-// keepAttributes gives out the owner, mode and extended attributes of f. Only with must it fails, with errAttributes, if it
-// may not.
+// keepAttributes gives out the owner, mode and extended attributes of f. Only with must it fails if it may not.
 func keepAttributes(out, f *os.File, must bool) error {
-	err := giveAttributes(out, f, must)
-	if err != nil {
-		return fmt.Errorf("%w: %w", errAttributes, err)
-	}
-	return nil
-}
-
-func giveAttributes(out, f *os.File, must bool) error {
 	info, err := f.Stat()
 	if err != nil {
 		return err

@@ -17,11 +17,20 @@ type Step struct {
 // A HookedDisk runs every change of the disk through its hook.
 type HookedDisk struct{ d disk }
 
-// NewHookedDisk returns the real disk behind a hook. Packages of up to small bytes are copied and renamed.
-func NewHookedDisk(small int64, hook func(Step) error) HookedDisk {
+// NewHookedDisk returns the real disk behind a hook.
+func NewHookedDisk(hook func(Step) error) HookedDisk {
 	r := realDisk
 	step := func(name, path string, do func() error) error {
 		return hook(Step{name, path, do, func() error { return nil }})
+	}
+	writing := func(name string, write func(*os.File, []byte, int64) error) func(*os.File, []byte, int64) error {
+		return func(f *os.File, b []byte, off int64) error {
+			return hook(Step{
+				name, f.Name(),
+				func() error { return write(f, b, off) },
+				func() error { return write(f, b[:len(b)/2], off) },
+			})
+		}
 	}
 	return HookedDisk{disk{
 		create: func(path string, flag int) (f *os.File, err error) {
@@ -31,13 +40,7 @@ func NewHookedDisk(small int64, hook func(Step) error) HookedDisk {
 			}
 			return f, e
 		},
-		write: func(f *os.File, b []byte, off int64) error {
-			return hook(Step{
-				"write", f.Name(),
-				func() error { return r.write(f, b, off) },
-				func() error { return r.write(f, b[:len(b)/2], off) },
-			})
-		},
+		write: writing("write", r.write),
 		copy: func(to *os.File, from io.Reader) (n int64, err error) {
 			e := hook(Step{
 				"copy", to.Name(),
@@ -50,16 +53,20 @@ func NewHookedDisk(small int64, hook func(Step) error) HookedDisk {
 		rename:  func(from, to string) error { return step("rename", to, func() error { return r.rename(from, to) }) },
 		remove:  func(path string) error { return step("remove", path, func() error { return r.remove(path) }) },
 		syncDir: func(path string) error { return step("syncDir", path, func() error { return r.syncDir(path) }) },
-		small:   small,
+		syncData:  func(f *os.File) error { return step("syncData", f.Name(), func() error { return r.syncData(f) }) },
+		writeSync: writing("writeSync", r.writeSync),
 	}}
 }
 
 func (h HookedDisk) ApplyInPlace(path string, u *Update, o FileOptions) error {
-	return h.d.applyInPlace(path, u, o)
+	return h.d.applyInPlace(path, u, o, nil)
 }
 
+// Journal is a Journal of that disk.
+func (h HookedDisk) Journal() *Journal { return &Journal{d: h.d} }
+
 func (h HookedDisk) Recover(path string, o FileOptions) (Recovery, error) {
-	return h.d.recover(path, o)
+	return h.d.recover(path, o, nil)
 }
 
 // ParseUndo reads an undo record and writes it again.
@@ -69,4 +76,10 @@ func ParseUndo(b []byte) ([]byte, error) {
 		return nil, err
 	}
 	return r.marshal(), nil
+}
+
+// ParseSlot reads a slot of a journal.
+func ParseSlot(b []byte) (name string, ok bool) {
+	name, _, ok = parseSlot(b)
+	return name, ok
 }

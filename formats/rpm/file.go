@@ -51,15 +51,9 @@ type disk struct {
 	remove  func(path string) error
 	syncDir func(path string) error
 
-	small int64 // see smallPackage
+	syncData  func(f *os.File) error                      // sync, but for what is only about the file
+	writeSync func(f *os.File, b []byte, off int64) error // write and syncData, of these bytes
 }
-
-// smallPackage is the size, in bytes, up to which a package is copied and renamed rather than overwritten: that waits for
-// the disk twice, and an undo record four times.
-const smallPackage = 1 << 20
-
-// errAttributes says that a new file cannot be given what the old one has.
-var errAttributes = errors.New("cannot be like the old file")
 
 var realDisk = disk{
 	create: func(path string, flag int) (*os.File, error) {
@@ -75,7 +69,17 @@ var realDisk = disk{
 	rename:  os.Rename,
 	remove:  os.Remove,
 	syncDir: new(dirSyncs).sync,
-	small:   smallPackage,
+
+	syncData:  func(f *os.File) error { return unix.Fdatasync(int(f.Fd())) },
+	writeSync: writeSync,
+}
+
+func writeSync(f *os.File, b []byte, off int64) error {
+	n, err := unix.Pwritev2(int(f.Fd()), [][]byte{b}, off, unix.RWF_DSYNC)
+	if err == nil && n < len(b) {
+		err = io.ErrShortWrite
+	}
+	return err
 }
 
 // dirSyncs has directories on the disk. Who comes while a directory is being synced shares the next sync of it with all
@@ -140,8 +144,8 @@ func syncDir(path string) error {
 }
 
 // ApplyInPlace puts the signature header of the package at path in the old one's place: mode, owner, extended attributes
-// and other names of the file stay. A small package with one name is copied and renamed, as Rewrite does, where a new file
-// can be given those; so is one whose Update has another length. Any other is overwritten:
+// and other names of the file stay. A package whose Update has another length is copied and renamed, as Rewrite does. Any
+// other is overwritten:
 //
 //  1. The file must be, up to its payload, the one that was read; else ErrChanged.
 //  2. What is overwritten is first written to an undo record beside the package, and on the disk before the package is
@@ -149,20 +153,23 @@ func syncDir(path string) error {
 //  3. A lock keeps other signers out, for as long as this takes.
 //
 // An error leaves the old package, unless it says that Recover is needed.
+//
+// For many packages there is a Journal.
 func ApplyInPlace(path string, u *Update, o FileOptions) error {
-	return realDisk.applyInPlace(path, u, o)
+	return realDisk.applyInPlace(path, u, o, nil)
 }
 
-func (d disk) applyInPlace(path string, u *Update, o FileOptions) error {
+// applyInPlace has undo records in j, where j is not nil and takes them.
+func (d disk) applyInPlace(path string, u *Update, o FileOptions, j *Journal) error {
 	if !u.InPlace() {
-		return d.rewrite(path, path, u, o)
+		return d.rewrite(path, path, u, o, j)
 	}
 	path, f, err := lockPackage(path, os.O_RDWR, o)
 	if err != nil {
 		return err
 	}
 	defer f.Close() // and the lock goes
-	err = finished(path)
+	err = finished(path, j)
 	if err == nil {
 		err = u.unchanged(f)
 	}
@@ -172,27 +179,32 @@ func (d disk) applyInPlace(path string, u *Update, o FileOptions) error {
 	if bytes.Equal(u.Old, u.New) {
 		return nil
 	}
-	if u.size <= d.small && !o.HardLinks {
-		err = d.replace(f, path, u, true)
-		if !errors.Is(err, errAttributes) {
-			return err
-		}
-	}
-	err = d.overwrite(f, path, u)
+	err = d.overwrite(f, u, d.keeper(path, len(u.Old), j))
 	if err != nil {
 		return fmt.Errorf("signing %s in place: %w", path, err)
 	}
 	return nil
 }
 
+// keeper is where the undo record of the package at path goes.
+func (d disk) keeper(path string, old int, j *Journal) keeper {
+	if j != nil {
+		s := j.slot(path, undoFixed+old+sha256.Size)
+		if s != nil {
+			return s
+		}
+	}
+	return undoFile{d, beside(path, "undo"), new(bool)}
+}
+
 // Rewrite writes the new package to a temporary file beside dst and renames it to dst, so that dst is at any time the old
 // file, or none, or the new one. path and dst may be the same. The new file has the mode of the old; its owner
 // and extended attributes too, or Rewrite fails, if it takes the old one's place, and as far as permitted if not.
 func Rewrite(path, dst string, u *Update, o FileOptions) error {
-	return realDisk.rewrite(path, dst, u, o)
+	return realDisk.rewrite(path, dst, u, o, nil)
 }
 
-func (d disk) rewrite(path, dst string, u *Update, o FileOptions) error {
+func (d disk) rewrite(path, dst string, u *Update, o FileOptions, j *Journal) error {
 	replaces := path == dst || sameFile(path, dst)
 	if !replaces {
 		o.HardLinks = true // it is only read
@@ -205,7 +217,7 @@ func (d disk) rewrite(path, dst string, u *Update, o FileOptions) error {
 	if replaces {
 		dst = path // what a link led to
 	}
-	err = finished(path)
+	err = finished(path, j)
 	if err == nil {
 		err = u.unchanged(f)
 	}
@@ -216,7 +228,7 @@ func (d disk) rewrite(path, dst string, u *Update, o FileOptions) error {
 }
 
 // replace writes the new package of f, which is locked and unchanged, to dst. asOld is whether it must be like f, whose
-// place it takes; where it cannot be, that is errAttributes, and nothing was changed.
+// place it takes.
 func (d disk) replace(f *os.File, dst string, u *Update, asOld bool) error {
 	temp := beside(dst, "new")
 	// A file of ours, not one that somebody has put there. What a killed signer has left has nobody's lock, and goes.
@@ -335,14 +347,35 @@ func lockPackage(path string, flag int, o FileOptions) (string, *os.File, error)
 	return path, f, nil
 }
 
-// finished checks that no undo record lies beside the locked package.
-func finished(path string) error {
+// finished checks that no undo record lies beside the locked package, in a file or in the journal of a process that was
+// killed. j's own is none.
+func finished(path string, j *Journal) error {
 	_, err := os.Lstat(beside(path, "undo"))
+	if err == nil {
+		return ErrUnfinished
+	}
+	if !errors.Is(err, os.ErrNotExist) || j.has(filepath.Dir(path)) {
+		return unlessMissing(err)
+	}
+	journal := filepath.Join(filepath.Dir(path), journalName)
+	f, err := os.OpenFile(journal, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return unlessMissing(err)
+	}
+	defer f.Close()
+	err = lock(f, journal)
+	if err == nil {
+		return ErrUnfinished
+	}
+	if errors.Is(err, ErrLocked) || errors.Is(err, ErrChanged) {
+		return nil // of a process that is alive: none in it is of this package, which we have locked
+	}
+	return unlessMissing(err)
+}
+
+func unlessMissing(err error) error {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
-	}
-	if err == nil {
-		err = ErrUnfinished
 	}
 	return err
 }

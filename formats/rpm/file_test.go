@@ -238,7 +238,7 @@ func TestForeignUndo(t *testing.T) {
 	path := file(t, "x.rpm", old)
 	record := filepath.Join(filepath.Dir(path), ".x.rpm.signwarden-undo")
 	var kept []byte
-	disk := rpm.NewHookedDisk(0, func(s rpm.Step) error {
+	disk := rpm.NewHookedDisk(func(s rpm.Step) error {
 		if s.Name == "remove" {
 			var err error
 			kept, err = os.ReadFile(record)

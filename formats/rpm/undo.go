@@ -29,8 +29,7 @@ type undo struct {
 	old    []byte
 }
 
-// marshal writes the record, with its own checksum at the end: a record that is not whole was never on the disk before the
-// package was touched.
+// marshal writes the record, with its own checksum at the end: of a record that is not whole the package was not touched.
 func (r undo) marshal() []byte {
 	b := append(make([]byte, 0, undoFixed+len(r.old)+sha256.Size), undoMagic...)
 	for _, n := range []int64{r.offset, r.body, r.size} {
@@ -89,60 +88,79 @@ func (r undo) sumAround(f *os.File) ([sha256.Size]byte, error) {
 	return [sha256.Size]byte(h.Sum(nil)), nil
 }
 
+// A discarder throws an undo record away, which is not needed any more.
+type discarder interface{ discard() error }
+
+// A keeper is the place of an undo record: a file beside the package, or a slot of a Journal.
+type keeper interface {
+	discarder
+	write(r undo) error // it is on the disk when this returns
+	leave()             // it stays, for Recover
+}
+
 // overwrite writes u.New into f, which is locked and unchanged.
-func (d disk) overwrite(f *os.File, path string, u *Update) error {
-	r := undo{offset: u.Offset, body: u.body, size: u.size, new: sha256.Sum256(u.New), old: u.Old}
-	var err error
-	r.around, err = r.sumAround(f)
+func (d disk) overwrite(f *os.File, u *Update, record keeper) error {
+	r := undo{offset: u.Offset, body: u.body, size: u.size, around: u.around, new: sha256.Sum256(u.New), old: u.Old}
+	err := record.write(r)
 	if err != nil {
-		return err
-	}
-	record := beside(path, "undo")
-	err = d.writeUndo(record, r)
-	if err != nil {
-		return fmt.Errorf("writing the undo record: %w", err)
+		return errors.Join(fmt.Errorf("writing the undo record: %w", err), record.discard())
 	}
 	err = d.write(f, u.New, u.Offset)
 	if err == nil {
-		err = d.sync(f)
+		err = d.syncData(f)
 	}
 	if err != nil {
 		undone := d.restore(f, record, r)
 		if undone != nil {
+			record.leave()
 			return fmt.Errorf("%w: the package may be damaged until Recover puts it in order: %w (and %w)",
 				ErrUnfinished, err, undone)
 		}
 		return err
 	}
-	err = d.discard(record)
+	err = record.discard()
 	if err != nil {
-		return fmt.Errorf("the package is signed, but %s is still there until Recover: %w", record, err)
+		record.leave()
+		return fmt.Errorf("the package is signed, but its undo record is still there until Recover: %w", err)
 	}
 	return nil
 }
 
-// writeUndo has the record on the disk, under its name, when it returns.
-func (d disk) writeUndo(path string, r undo) error {
-	f, err := d.create(path, os.O_EXCL)
+// undoFile is an undo record that is a file beside the package.
+type undoFile struct {
+	d    disk
+	path string
+	made *bool
+}
+
+func (u undoFile) write(r undo) error {
+	f, err := u.d.create(u.path, os.O_EXCL)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	err = d.write(f, r.marshal(), 0)
+	*u.made = true
+	err = u.d.write(f, r.marshal(), 0)
 	if err == nil {
-		err = d.sync(f)
+		err = u.d.sync(f)
 	}
 	if err == nil {
-		err = d.syncDir(filepath.Dir(path))
-	}
-	if err != nil {
-		d.remove(path) // best effort: Recover throws it away too
+		err = u.d.syncDir(filepath.Dir(u.path))
 	}
 	return err
 }
 
+func (u undoFile) leave() {}
+
+func (u undoFile) discard() error {
+	if u.made != nil && !*u.made {
+		return nil // it is another's
+	}
+	return u.d.discard(u.path)
+}
+
 // restore writes the old signature header back.
-func (d disk) restore(f *os.File, record string, r undo) error {
+func (d disk) restore(f *os.File, record discarder, r undo) error {
 	err := d.write(f, r.old, r.offset)
 	if err != nil {
 		return err
@@ -151,7 +169,7 @@ func (d disk) restore(f *os.File, record string, r undo) error {
 	if err != nil {
 		return err
 	}
-	return d.discard(record)
+	return record.discard()
 }
 
 func (d disk) discard(record string) error {
@@ -175,10 +193,11 @@ const (
 // before it is read to be signed; where there is nothing to do it costs a few system calls. An ErrUnfinished says that the
 // package is damaged and the undo record of no use.
 func Recover(path string, o FileOptions) (Recovery, error) {
-	return realDisk.recover(path, o)
+	return realDisk.recover(path, o, nil)
 }
 
-func (d disk) recover(path string, o FileOptions) (Recovery, error) {
+// recover leaves the journal alone that is j's own.
+func (d disk) recover(path string, o FileOptions, j *Journal) (Recovery, error) {
 	if o.FollowLinks {
 		real, err := filepath.EvalSymlinks(path)
 		if err != nil {
@@ -190,10 +209,17 @@ func (d disk) recover(path string, o FileOptions) (Recovery, error) {
 	if err != nil {
 		return Clean, err
 	}
+	found := Clean
+	if dir := filepath.Dir(path); !j.has(dir) {
+		found, err = d.recoverJournal(dir, filepath.Base(path))
+		if err != nil {
+			return Clean, err
+		}
+	}
 	record := beside(path, "undo")
 	_, err = os.Lstat(record)
 	if errors.Is(err, os.ErrNotExist) {
-		return Clean, nil // without asking for a lock, or to write
+		return found, nil // without asking for a lock, or to write
 	}
 	if err != nil {
 		return Clean, err
@@ -214,7 +240,7 @@ func (d disk) recover(path string, o FileOptions) (Recovery, error) {
 	if err != nil {
 		return d.recoverWithout(f, path, record, err)
 	}
-	how, err := d.settle(f, record, r)
+	how, err := d.settle(f, undoFile{d: d, path: record}, r)
 	if err != nil {
 		return Clean, fmt.Errorf("recovering %s: %w", path, err)
 	}
@@ -222,20 +248,20 @@ func (d disk) recover(path string, o FileOptions) (Recovery, error) {
 }
 
 // settle decides by the checksums.
-func (d disk) settle(f *os.File, record string, r undo) (Recovery, error) {
+func (d disk) settle(f *os.File, record discarder, r undo) (Recovery, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return Clean, err
 	}
 	if info.Size() != r.size {
-		return Clean, d.discard(record) // of a package that is no longer there
+		return Clean, record.discard() // of a package that is no longer there
 	}
 	around, err := r.sumAround(f)
 	if err != nil {
 		return Clean, err
 	}
 	if around != r.around {
-		return Clean, d.discard(record)
+		return Clean, record.discard()
 	}
 	now := make([]byte, len(r.old))
 	_, err = f.ReadAt(now, r.offset)
@@ -248,9 +274,9 @@ func (d disk) settle(f *os.File, record string, r undo) (Recovery, error) {
 		if err != nil {
 			return Clean, err
 		}
-		return Completed, d.discard(record)
+		return Completed, record.discard()
 	case bytes.Equal(now, r.old):
-		return Restored, d.discard(record)
+		return Restored, record.discard()
 	}
 	return Restored, d.restore(f, record, r)
 }

@@ -18,7 +18,7 @@ func undoRecord(t testing.TB) []byte {
 	t.Helper()
 	path := file(t, "x.rpm", demo(t))
 	var record []byte
-	disk := rpm.NewHookedDisk(0, func(s rpm.Step) error {
+	disk := rpm.NewHookedDisk(func(s rpm.Step) error {
 		if s.Name == "remove" {
 			var err error
 			record, err = os.ReadFile(filepath.Join(filepath.Dir(path), ".x.rpm.signwarden-undo"))

@@ -15,6 +15,7 @@ type Update struct {
 	size   int64 // of the package
 	body   int64 // where its payload begins
 	prefix [sha256.Size]byte
+	around [sha256.Size]byte // as undo.sumAround
 	lead   [leadSize]byte
 }
 
@@ -47,12 +48,12 @@ func (u *Update) Copy(w io.Writer, old io.ReaderAt) error {
 	return nil
 }
 
-// prefixSum is over all that stands before the payload: by it a file is known to be still the one that was read.
-func prefixSum(lead, block, header []byte) [sha256.Size]byte {
+// sumOf all that stands before the payload tells whether a file is still the one that was read.
+func sumOf(parts ...[]byte) [sha256.Size]byte {
 	h := sha256.New()
-	h.Write(lead)
-	h.Write(block)
-	h.Write(header)
+	for _, p := range parts {
+		h.Write(p)
+	}
 	return [sha256.Size]byte(h.Sum(nil))
 }
 
@@ -68,7 +69,8 @@ func (p *Package) update(list []datum) (*Update, error) {
 		New:    block,
 		size:   p.size,
 		body:   p.body,
-		prefix: prefixSum(p.lead[:], p.block, p.Header.h.raw),
+		prefix: sumOf(p.lead[:], p.block, p.Header.h.raw),
+		around: sumOf(p.lead[:], p.Header.h.raw),
 		lead:   p.lead,
 	}, nil
 }

@@ -13,38 +13,49 @@ import (
 type Record struct{ Entry, Answer []byte }
 
 // Sink stores records in order as the next rows of the log, all or none, and
-// returns the number of the first when they are durable. It is called from one
-// goroutine. After an error the caller does not know whether they were stored
+// returns the number of the first when they are durable. It is never called by two
+// goroutines at once. After an error the caller does not know whether they were stored
 // (a commit can fail after it took effect); the sink itself finds out by
 // reading the last row before it numbers the next, so that there is never a gap.
 type Sink func(ctx context.Context, records []Record) (first int64, err error)
 
-// maxBatch bounds the entries of one commit, and commitTimeout how long one may take.
+// maxBatch bounds the entries of one commit, commitTimeout how long one may take,
+// and maxLinger how long one may wait for entries that are announced.
 const (
 	maxBatch      = 1024
 	commitTimeout = 5 * time.Second
+	maxLinger     = 50 * time.Millisecond
 )
 
 // ErrClosed is returned by Append after Close.
 var ErrClosed = errors.New("audit log is closed")
 
-// Log commits entries in groups: all that wait while one commit runs go into
-// the next, so a durable record costs each request its share of one fsync.
-// It is safe for concurrent use.
+// Log commits entries in groups, so that a durable record costs each request its
+// share of one fsync. It is safe for concurrent use.
+//
+// A group is what came while the commit before ran, and, where many entries are
+// announced ([Log.Expect]), what comes of them in the next moment: it is committed
+// when it has a quarter of all that are under way, or when its first entry has
+// waited an eighth of the time that it took to come. So an entry that comes alone is
+// committed at once, by the goroutine that appends it, and one of hundreds pays for
+// little of a commit and waits little longer.
 type Log struct {
 	sink Sink
 
-	// mu guards closed and is held in Append only for the time of handing over: a
-	// moment, or up to one commit where the queue is full. It makes a send on a
-	// closed channel impossible. run never takes it, so the queue always drains.
-	mu     sync.RWMutex
-	closed bool
-	queue  chan *pending
-	done   chan struct{}
+	// mu guards the rest. It is held for a few instructions, never during a commit.
+	mu         sync.Mutex
+	waiting    []*pending // the next group, and those after it
+	spare      []*pending // the memory of the last one
+	coming     int        // entries that are announced
+	committing bool       // somebody is in commit
+	closed     bool
+	linger     *time.Timer   // calls flush; running while waiting has a group that is not full
+	idle       chan struct{} // closed when closed, and all is committed
 }
 
 type pending struct {
 	record Record
+	due    time.Time // when it has waited long enough for others
 	row    int64
 	err    error
 	ready  chan struct{}
@@ -52,8 +63,9 @@ type pending struct {
 
 // New starts a log over sink. Close it.
 func New(sink Sink) *Log {
-	l := &Log{sink: sink, queue: make(chan *pending, maxBatch), done: make(chan struct{})}
-	go l.run()
+	l := &Log{sink: sink, idle: make(chan struct{})}
+	l.linger = time.AfterFunc(time.Hour, l.flush)
+	l.linger.Stop()
 	return l
 }
 
@@ -61,20 +73,131 @@ func New(sink Sink) *Log {
 // a caller that hangs up cannot cancel a record. After an error it is unknown
 // whether the entry was stored; the caller must release nothing. What that
 // leaves at worst is a record of a signature that nobody got.
-func (l *Log) Append(e Entry) (row int64, err error) { return l.AppendAnswer(e, nil) }
+func (l *Log) Append(e Entry) (row int64, err error) {
+	return l.append(&pending{record: Record{e.Canonical(), nil}}, nil)
+}
 
-// AppendAnswer is Append, and keeps an answer beside the row.
-func (l *Log) AppendAnswer(e Entry, answer []byte) (row int64, err error) {
-	p := &pending{record: Record{e.Canonical(), answer}, ready: make(chan struct{})}
-	l.mu.RLock()
+// Expected is an entry that will come.
+type Expected struct {
+	l     *Log
+	since time.Time
+	gone  bool // it has come, or will not; guarded by l.mu
+}
+
+// Expect announces an entry: others may wait for it. Call Append or Cancel of what
+// it returns.
+func (l *Log) Expect() *Expected {
+	x := &Expected{l: l, since: time.Now()}
+	l.mu.Lock()
+	l.coming++
+	l.mu.Unlock()
+	return x
+}
+
+// Append is [Log.Append] of the entry that was announced, and keeps an answer beside
+// its row. It is called once.
+func (x *Expected) Append(e Entry, answer []byte) (row int64, err error) {
+	return x.l.append(&pending{record: Record{e.Canonical(), answer}}, x)
+}
+
+// Cancel says that the entry does not come; after Append it does nothing.
+func (x *Expected) Cancel() {
+	x.l.mu.Lock()
+	x.leave()
+	if group := x.l.next(); group != nil {
+		go x.l.run(group)
+	}
+	x.l.mu.Unlock()
+}
+
+// leave is called with mu held.
+func (x *Expected) leave() {
+	if !x.gone {
+		x.gone = true
+		x.l.coming--
+	}
+}
+
+func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
+	l.mu.Lock()
+	if x != nil {
+		x.leave()
+	}
 	if l.closed {
-		l.mu.RUnlock()
+		l.mu.Unlock()
 		return 0, ErrClosed
 	}
-	l.queue <- p
-	l.mu.RUnlock()
+	p.due, p.ready = time.Now(), make(chan struct{})
+	if x != nil {
+		p.due = p.due.Add(min(p.due.Sub(x.since)/8, maxLinger))
+	}
+	l.waiting = append(l.waiting, p)
+	group := l.next()
+	if group == nil && !l.committing && len(l.waiting) == 1 {
+		l.linger.Reset(time.Until(p.due))
+	}
+	l.mu.Unlock()
+	if group != nil {
+		l.commit(group) // p is in it, or in the one after
+		l.done(group)
+	}
 	<-p.ready
 	return p.row, p.err
+}
+
+// next takes the next group where one is full and nobody commits. Who gets one
+// commits it, and calls done. Called with mu held.
+func (l *Log) next() []*pending {
+	if n := len(l.waiting); l.committing || n == 0 || 3*n < l.coming && n < maxBatch && !l.closed {
+		return nil
+	}
+	return l.take()
+}
+
+// take takes the next group, full or not. Called with mu held, while nobody commits.
+func (l *Log) take() []*pending {
+	l.linger.Stop()
+	l.committing = true
+	group := l.waiting
+	l.waiting = append(l.spare[:0], group[min(len(group), maxBatch):]...)
+	l.spare = nil
+	return group[:min(len(group), maxBatch)]
+}
+
+// done ends the commit of a group. What has become full meanwhile is committed by a
+// goroutine of its own: the caller has its answer.
+func (l *Log) done(group []*pending) {
+	clear(group)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.spare, l.committing = group[:0], false
+	if group := l.next(); group != nil {
+		go l.run(group)
+		return
+	}
+	if len(l.waiting) > 0 {
+		l.linger.Reset(time.Until(l.waiting[0].due))
+	}
+	if l.closed {
+		close(l.idle)
+	}
+}
+
+func (l *Log) run(group []*pending) {
+	l.commit(group)
+	l.done(group)
+}
+
+// flush commits what has lingered.
+func (l *Log) flush() {
+	l.mu.Lock()
+	if l.committing || len(l.waiting) == 0 {
+		l.mu.Unlock()
+		return
+	}
+	group := l.take()
+	l.mu.Unlock()
+	l.run(group)
 }
 
 // Close waits for every entry that Append has taken to be committed.
@@ -82,42 +205,28 @@ func (l *Log) Close() {
 	l.mu.Lock()
 	if !l.closed {
 		l.closed = true
-		close(l.queue)
+		if group := l.next(); group != nil {
+			go l.run(group)
+		} else if !l.committing {
+			close(l.idle)
+		}
 	}
 	l.mu.Unlock()
-	<-l.done
+	<-l.idle
 }
 
-func (l *Log) run() {
-	defer close(l.done)
-	batch := make([]*pending, 0, maxBatch)
-	records := make([]Record, 0, maxBatch)
-	for first := range l.queue {
-		batch, records = append(batch[:0], first), append(records[:0], first.record)
-	gather:
-		for len(batch) < maxBatch {
-			select {
-			case p, ok := <-l.queue:
-				if !ok {
-					break gather
-				}
-				batch, records = append(batch, p), append(records, p.record)
-			default:
-				break gather
-			}
-		}
-		l.commit(batch, records)
+func (l *Log) commit(group []*pending) {
+	records := make([]Record, len(group))
+	for i, p := range group {
+		records[i] = p.record
 	}
-}
-
-func (l *Log) commit(batch []*pending, records []Record) {
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
 	row, err := l.sink(ctx, records)
 	if err != nil {
-		err = fmt.Errorf("recording %d audit entries: %w", len(batch), err)
+		err = fmt.Errorf("recording %d audit entries: %w", len(group), err)
 	}
-	for i, p := range batch {
+	for i, p := range group {
 		if err == nil { // a row beside an error would be believed one day
 			p.row = row + int64(i)
 		}

@@ -286,12 +286,12 @@ func BenchmarkCommit(b *testing.B) {
 	for _, n := range []int{1, 32, 256} {
 		b.Run(strconv.Itoa(n), func(b *testing.B) {
 			s := openSQLite(b, b.TempDir()+"/store.db")
-			batch := make([][]byte, n)
+			batch, answers := make([][]byte, n), make([][]byte, n)
 			for i := range batch {
-				batch[i] = entry
+				batch[i], answers[i] = entry, entry[:96]
 			}
 			for b.Loop() {
-				if _, err := s.Commit(b.Context(), store.Change{Audit: batch}); err != nil {
+				if _, err := s.Commit(b.Context(), store.Change{Audit: batch, Answers: answers}); err != nil {
 					b.Fatal(err)
 				}
 			}

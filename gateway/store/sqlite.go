@@ -31,6 +31,10 @@ type SQLite struct {
 	write *sql.DB // one connection: transactions are serial
 	read  *sql.DB
 
+	// What every signature needs is prepared: to parse a statement costs more than
+	// to run it.
+	nextRow, insertEntry, insertAnswer *sql.Stmt
+
 	pruned time.Time // when old answers were last thrown away; used in a write transaction only
 }
 
@@ -61,10 +65,31 @@ func OpenSQLite(ctx context.Context, path string) (*SQLite, error) {
 		return nil, errors.Join(fmt.Errorf("opening store %s: %w", abs, err), s.write.Close())
 	}
 	s.read.SetMaxOpenConns(max(2, runtime.NumCPU()))
-	if err := s.migrate(ctx); err != nil {
+	err = s.migrate(ctx)
+	if err == nil {
+		err = s.prepare(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening store %s: %w", abs, err), s.Close())
 	}
 	return s, nil
+}
+
+func (s *SQLite) prepare(ctx context.Context) (err error) {
+	for _, p := range []struct {
+		stmt **sql.Stmt
+		text string
+	}{
+		{&s.nextRow, `SELECT coalesce(max(row), -1) + 1 FROM audit`},
+		{&s.insertEntry, `INSERT INTO audit (row, entry) VALUES (?, ?)`},
+		{&s.insertAnswer, `INSERT INTO answers (row, made, answer) VALUES (?, ?, ?)`},
+	} {
+		*p.stmt, err = s.write.PrepareContext(ctx, p.text)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func openDB(path, extra string) (*sql.DB, error) {
@@ -193,6 +218,12 @@ func splitChain(b []byte) ([][]byte, error) {
 
 // Commit implements Store.
 func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, fmt.Errorf("writing to the store: %w", err)
+	}
+	// Nothing here waits longer than busy_timeout, and for a context that can end
+	// the driver starts a goroutine for each statement.
+	ctx = context.WithoutCancel(ctx)
 	tx, err := s.write.BeginTx(ctx, nil)
 	if err != nil {
 		return 0, fmt.Errorf("writing to the store: %w", err)
@@ -231,7 +262,7 @@ func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 			return 0, fmt.Errorf("storing the policy: %w", err)
 		}
 	}
-	first, err := insertAudit(ctx, tx, c.Audit)
+	first, err := s.insertAudit(ctx, tx, c.Audit)
 	if err != nil {
 		return 0, fmt.Errorf("storing audit entries: %w", err)
 	}
@@ -305,24 +336,17 @@ func insertKey(ctx context.Context, tx *sql.Tx, k keys.Key) error {
 
 // insertAudit numbers the entries after the last row that is really there,
 // read in the same transaction: a commit that failed, or seemed to, leaves no gap.
-func insertAudit(ctx context.Context, tx *sql.Tx, entries [][]byte) (int64, error) {
+func (s *SQLite) insertAudit(ctx context.Context, tx *sql.Tx, entries [][]byte) (int64, error) {
 	if len(entries) == 0 {
 		return 0, nil
 	}
 	var first int64
-	if err := tx.QueryRowContext(ctx, `SELECT coalesce(max(row), -1) + 1 FROM audit`).Scan(&first); err != nil {
+	if err := tx.StmtContext(ctx, s.nextRow).QueryRowContext(ctx).Scan(&first); err != nil {
 		return 0, err
 	}
-	// Many rows a statement: a statement costs more than a row.
-	const chunk = 128
-	for at := 0; at < len(entries); at += chunk {
-		part := entries[at:min(at+chunk, len(entries))]
-		args := make([]any, 0, 2*len(part))
-		for i, e := range part {
-			args = append(args, first+int64(at+i), e)
-		}
-		values := strings.TrimSuffix(strings.Repeat("(?,?),", len(part)), ",")
-		if _, err := tx.ExecContext(ctx, `INSERT INTO audit (row, entry) VALUES `+values, args...); err != nil {
+	insert := tx.StmtContext(ctx, s.insertEntry)
+	for i, e := range entries {
+		if _, err := insert.ExecContext(ctx, first+int64(i), e); err != nil {
 			return 0, err
 		}
 	}
@@ -333,16 +357,12 @@ func insertAudit(ctx context.Context, tx *sql.Tx, entries [][]byte) (int64, erro
 // throws old ones away.
 func (s *SQLite) insertAnswers(ctx context.Context, tx *sql.Tx, first int64, answers [][]byte) error {
 	now := time.Now()
-	var args []any
+	insert := tx.StmtContext(ctx, s.insertAnswer)
 	for i, a := range answers {
-		if a != nil {
-			args = append(args, first+int64(i), now.Unix(), a)
+		if a == nil {
+			continue
 		}
-	}
-	const chunk = 3 * 128
-	for part := range slices.Chunk(args, chunk) {
-		values := strings.TrimSuffix(strings.Repeat("(?,?,?),", len(part)/3), ",")
-		if _, err := tx.ExecContext(ctx, `INSERT INTO answers (row, made, answer) VALUES `+values, part...); err != nil {
+		if _, err := insert.ExecContext(ctx, first+int64(i), now.Unix(), a); err != nil {
 			return err
 		}
 	}
