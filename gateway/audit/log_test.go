@@ -337,3 +337,93 @@ func TestConcurrentAppends(t *testing.T) {
 	}
 	t.Logf("%d entries in %d commits", len(rows), len(s.batches))
 }
+
+// An entry that comes alone is committed at once, however many are announced by then
+// that it is not to wait for; of many that are announced, a quarter makes a group.
+func TestExpected(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &sink{t: t}
+		l := audit.New(s.commit)
+		start := time.Now()
+		alone := l.Expect()
+		time.Sleep(time.Second) // at the token
+		if _, err := alone.Append(entry(0), nil); err != nil || time.Since(start) != time.Second {
+			t.Errorf("%v, after %v", err, time.Since(start))
+		}
+		alone.Cancel() // does nothing
+
+		const n = 80
+		var all []*audit.Expected
+		for range n {
+			all = append(all, l.Expect())
+		}
+		time.Sleep(8 * time.Millisecond)
+		out := make(chan appended, n)
+		add := func(i int) {
+			go func() {
+				row, err := all[i].Append(entry(i), []byte{byte(i)})
+				out <- appended{i, row, err}
+			}()
+			synctest.Wait()
+		}
+		for i := range n/4 - 1 {
+			add(i)
+		}
+		if len(out) != 0 {
+			t.Errorf("%d are committed, without waiting for a quarter", len(out))
+		}
+		add(n/4 - 1)
+		if len(out) != n/4 {
+			t.Errorf("%d of the first quarter are committed, want %d", len(out), n/4)
+		}
+		// One more waits an eighth of the time that it took, and no longer.
+		before := time.Now()
+		add(n / 4)
+		if len(out) != n/4 {
+			t.Error("the next does not wait")
+		}
+		time.Sleep(time.Millisecond)
+		synctest.Wait()
+		if len(out) != n/4+1 {
+			t.Errorf("the next waits for more than %v", time.Since(before))
+		}
+		// Where the others do not come nobody waits for them.
+		add(n/4 + 1)
+		for _, x := range all[n/4+2:] {
+			x.Cancel()
+			x.Cancel()
+		}
+		synctest.Wait()
+		if len(out) != n/4+2 || time.Since(before) != time.Millisecond {
+			t.Errorf("%d are committed when the others are called off, after %v", len(out), time.Since(before))
+		}
+		l.Close()
+		if want := []int{1, n / 4, 1, 1}; fmt.Sprint(s.batches) != fmt.Sprint(want) {
+			t.Errorf("commits of %v entries, want %v", s.batches, want)
+		}
+		for range n/4 + 2 {
+			if a := <-out; a.err != nil || s.row(a.row) != string(entry(a.n).Canonical()) {
+				t.Errorf("entry %d: row %d, %v", a.n, a.row, a.err)
+			}
+		}
+	})
+}
+
+// Whoever is not announced waits for nobody.
+func TestUnexpectedAmongExpected(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &sink{t: t}
+		l := audit.New(s.commit)
+		for range 100 {
+			defer l.Expect().Cancel()
+		}
+		start := time.Now()
+		if _, err := l.Append(entry(0)); err != nil || time.Since(start) != 0 {
+			t.Errorf("%v, after %v", err, time.Since(start))
+		}
+		l.Close()
+		if _, err := l.Expect().Append(entry(1), nil); !errors.Is(err, audit.ErrClosed) {
+			t.Errorf("after Close: %v", err)
+		}
+	})
+}

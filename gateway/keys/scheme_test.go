@@ -14,6 +14,7 @@ import (
 
 	"github.com/signwarden/signwarden/gateway/keys"
 	"github.com/signwarden/signwarden/gateway/sigerr"
+	mathrand "math/rand/v2"
 )
 
 func TestSchemeFor(t *testing.T) {
@@ -295,5 +296,71 @@ func TestOptions(t *testing.T) {
 	}
 	if o := keys.EdDSA.Options(crypto.SHA256); o != crypto.Hash(0) {
 		t.Errorf("EdDSA: %v", o)
+	}
+}
+
+// What is verified with RSA PKCS #1 v1.5 is what crypto/rsa verifies: signatures of every
+// size and hash, and of each a hundred that are wrong in one bit, one byte or a multiple of
+// the modulus, and encodings that are nearly right.
+func TestVerifyPKCS1v15AsStandardLibrary(t *testing.T) {
+	rnd := mathrand.New(mathrand.NewPCG(1, 2))
+	for _, bits := range []int{2048, 3072, 4096} {
+		key, err := rsa.GenerateKey(rand.Reader, bits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw := func(em []byte) []byte { // an encoding of any kind, signed
+			m := new(big.Int).SetBytes(em)
+			return m.Exp(m, key.D, key.N).FillBytes(make([]byte, key.Size()))
+		}
+		good, bad := 0, 0
+		same := func(what string, h crypto.Hash, digest, sig []byte) {
+			t.Helper()
+			want := rsa.VerifyPKCS1v15(&key.PublicKey, h, digest, sig)
+			got := keys.Verify(&key.PublicKey, keys.PKCS1v15, h, digest, sig)
+			if (got == nil) != (want == nil) {
+				t.Errorf("RSA-%d, %v, %s: %v, the standard library says %v", bits, h, what, got, want)
+			}
+			if got == nil {
+				good++
+			} else {
+				bad++
+			}
+		}
+		for _, h := range keys.Hashes {
+			digest := digestOf(h, "message")
+			sig, err := rsa.SignPKCS1v15(nil, key, h, digest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			same("right", h, digest, sig)
+			same("another digest", h, digestOf(h, "other"), sig)
+			for range 100 {
+				b := bytes.Clone(sig)
+				b[rnd.IntN(len(b))] ^= 1 << rnd.IntN(8)
+				same("one bit", h, digest, b)
+			}
+			more := new(big.Int).Add(new(big.Int).SetBytes(sig), key.N)
+			if more.BitLen() <= bits {
+				same("more than the modulus", h, digest, more.FillBytes(make([]byte, len(sig))))
+			}
+			same("zero", h, digest, make([]byte, len(sig)))
+			em := new(big.Int).SetBytes(sig)
+			enc := em.Exp(em, big.NewInt(int64(key.E)), key.N).FillBytes(make([]byte, len(sig)))
+			same("right again", h, digest, raw(enc))
+			for i, name := range map[int]string{0: "first byte", 1: "block type", 2: "padding", len(enc) - len(digest) - 1: "length", len(enc) - len(digest) - 12: "algorithm"} {
+				b := bytes.Clone(enc)
+				b[i] ^= 1
+				if b[0] == 0 {
+					same(name, h, digest, raw(b))
+				}
+			}
+			// Bleichenbacher's of 2006: short padding, and room for anything at the end.
+			short := append([]byte{0, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0}, enc[bytes.IndexByte(enc[2:], 0)+3:]...)
+			same("short padding", h, digest, raw(append(short, make([]byte, len(enc)-len(short))...)))
+		}
+		if good != 6 || bad < 300 {
+			t.Errorf("RSA-%d: %d verify and %d do not", bits, good, bad)
+		}
 	}
 }
