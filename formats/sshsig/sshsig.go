@@ -9,7 +9,7 @@
 // That matters for Ed25519, where both are signed as they are and not as a digest. With the same key OpenPGP and
 // PKCS#11 tools have digests of 32, 48 or 64 bytes signed as the message.
 //
-//   - A login request has over 100 bytes, so it is no digest.
+//   - A login request has over 90 bytes, so it is no digest.
 //   - A blob with a SHA-256 digest and a namespace of four bytes, such as "file", has just 64. Whoever may have any
 //     64 bytes signed could pass it for a SHA-512 digest; so whoever signs digests must refuse those that begin with
 //     [Magic] ([IsBlob]). Of true digests one in 2^48 does.
