@@ -195,8 +195,7 @@ func TestSSHLogin(t *testing.T) {
 	for _, name := range sshKeys {
 		authorized.WriteString(string(readFile(t, b.pub(name))))
 	}
-	authorized.WriteString(string(readFile(t, host.dir+"/user.pub")))
-	writeFile(t, host.dir+"/user.pub", authorized.String())
+	writeFile(t, host.dir+"/authorized", authorized.String())
 	login := func(key string) result {
 		t.Helper()
 		// On the command line the key comes before that of the file, and there is no other.
