@@ -87,8 +87,15 @@ var rules = []rule{
 	{
 		name:  "agent protocols know of ours only the errors",
 		who:   []string{"./agentproto/..."},
+		but:   []string{"./agentproto/sshagent"},
 		never: []string{"./..."},
 		may:   []string{"./agentproto/...", "./gateway/sigerr"},
+	},
+	{
+		name:  "ssh-agent reads what it is to have signed as the gateway does",
+		who:   []string{"./agentproto/sshagent"},
+		never: []string{"./..."},
+		may:   []string{"./agentproto", "./agentproto/lease", "./gateway/sigerr", "./formats/sshsig"},
 	},
 	{
 		name:   "the wire form of the API stays with its server and its client",

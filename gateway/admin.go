@@ -453,13 +453,13 @@ func checkQuery(q policy.Query) error {
 		return fmt.Errorf("%w: format %q is not one of %s", sigerr.Invalid, q.Format, strings.Join(policy.Formats, ", "))
 	case keys.Hashes[q.Hash] == 0:
 		return fmt.Errorf("%w: a digest of that hash is never signed; use SHA-256, SHA-384 or SHA-512", sigerr.Invalid)
-	case q.Package == nil:
+	case q.Content == nil:
 		return nil
 	case !slices.Contains(policy.ContentFormats, q.Format):
 		return fmt.Errorf("%w: of format %q the gateway reads nothing", sigerr.Invalid, q.Format)
 	}
-	if err := q.Package.Check(); err != nil {
-		return fmt.Errorf("%w: package: %w", sigerr.Invalid, err)
+	if err := q.Content.Check(q.Format); err != nil {
+		return fmt.Errorf("%w: content: %w", sigerr.Invalid, err)
 	}
 	return nil
 }

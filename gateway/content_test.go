@@ -52,7 +52,7 @@ func TestSignMessage(t *testing.T) {
 			t.Errorf("%s: audit entry %+v", who, e)
 		}
 	}
-	for who, want := range map[string][]string{"ci": {"rpm"}, "any": {"rpm"}, "root": nil, "look": nil} {
+	for who, want := range map[string][]string{"ci": {"rpm"}, "any": {"rpm", "ssh-sig"}, "root": nil, "look": nil} {
 		v, err := f.Gateway.Key(t.Context(), gatewaytest.Principal(t, who), "k")
 		if err != nil || !slices.Equal(v.Reads, want) {
 			t.Errorf("%s: reads %v, %v; want %v", who, v.Reads, err, want)
@@ -64,7 +64,7 @@ func TestSignMessage(t *testing.T) {
 func TestSignMessageDenied(t *testing.T) {
 	read := 0
 	f := gatewaytest.New(t, readers, func(c *gateway.Config) {
-		c.Read = func(format string, h crypto.Hash, b []byte) (*policy.Package, error) {
+		c.Read = func(format string, h crypto.Hash, b []byte) (*policy.Content, error) {
 			read++
 			return gatewaytest.Read(format, h, b)
 		}

@@ -269,17 +269,17 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 	if err != nil {
 		return Signature{}, err
 	}
-	pkg, err := g.read(s, p, &r, &e, now)
+	content, err := g.read(s, p, &r, &e, now)
 	if err != nil {
 		return g.refuse(e, audit.Denied, err, err.Error())
 	}
-	k, rule, err := s.decide(p, r, pkg, now) // 1, 4
+	k, rule, err := s.decide(p, r, content, now) // 1, 4
 	e.Rule = rule.Rule
 	if err != nil {
 		return g.refuse(e, audit.Denied, public(err), err.Error())
 	}
 	e.KeyFingerprint = k.Fingerprint()
-	scheme, err := keys.SchemeFor(k.Algorithm, r.Scheme)
+	scheme, err := r.scheme(k.Algorithm, content)
 	if err == nil {
 		err = keys.CheckSalt(k.PublicKey, scheme, r.Hash, r.SaltLength)
 	}
@@ -291,12 +291,12 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 		e.Detail = fmt.Sprintf("salt of %d bytes", r.SaltLength)
 	}
 	if r.ID == "" {
-		return g.sign(ctx, p, r, pkg, e, s, k, rule, scheme)
+		return g.sign(ctx, p, r, content, e, s, k, rule, scheme)
 	}
 	sig, err := g.dedup.do(ctx, p.Name(), r, func() (Signature, error) {
 		// Detached from the caller: one that hangs up and comes back with the
 		// same id finds the work done, and recorded once.
-		return g.sign(context.WithoutCancel(ctx), p, r, pkg, e, s, k, rule, scheme)
+		return g.sign(context.WithoutCancel(ctx), p, r, content, e, s, k, rule, scheme)
 	})
 	if errors.Is(err, sigerr.Conflict) {
 		return g.refuse(e, audit.Denied, err, err.Error())
@@ -308,12 +308,14 @@ func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signa
 // notes both in e. The message of who may sign nothing with that key is not read:
 // it will be denied, and is not worth the work. Nothing here depends on whether
 // there is such a key.
-func (g *Gateway) read(s *snapshot, p ident.Principal, r *Request, e *audit.Entry, now time.Time) (*policy.Package, error) {
+func (g *Gateway) read(s *snapshot, p ident.Principal, r *Request, e *audit.Entry, now time.Time) (*policy.Content, error) {
 	if r.Message == nil {
 		return nil, nil
 	}
 	message := r.Message
-	r.Message = nil // to be freed while the token works
+	if !ssh(r.Format) {
+		r.Message = nil // to be freed while the token works
+	}
 	h := r.Hash.New()
 	h.Write(message)
 	r.Digest = h.Sum(nil)
@@ -324,34 +326,59 @@ func (g *Gateway) read(s *snapshot, p ident.Principal, r *Request, e *audit.Entr
 	if g.c.Read == nil {
 		return nil, fmt.Errorf("%w: this gateway reads no messages; send digests", sigerr.Invalid)
 	}
-	pkg, err := g.c.Read(r.Format, r.Hash, message)
+	content, err := g.c.Read(r.Format, r.Hash, message)
 	if err == nil {
-		err = pkg.Check()
+		err = content.Check(r.Format)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: the message is not what signatures of format %s are made of: %w", sigerr.Invalid, r.Format, err)
 	}
-	e.NEVRA, e.Vendor = pkg.String(), pkg.Vendor
-	return pkg, nil
+	if content.Package != nil {
+		e.NEVRA, e.Vendor = content.Package.String(), content.Package.Vendor
+	}
+	e.Namespace, e.User = content.Namespace, content.User
+	return content, nil
+}
+
+// ssh reports whether a format is one of SSH's.
+func ssh(format string) bool { return format == policy.SSHSig || format == policy.SSHAuth }
+
+// scheme is how r is signed. Ed25519 signs a message of SSH as it is: only one that
+// was read as that, and only so, since no verifier of SSH takes its digest.
+func (r *Request) scheme(a keys.Algorithm, read *policy.Content) (keys.Scheme, error) {
+	scheme, err := keys.SchemeFor(a, r.Scheme)
+	switch {
+	case err != nil:
+		return "", err
+	case scheme != keys.EdDSA || !ssh(r.Format):
+		return scheme, nil
+	case read == nil:
+		return "", fmt.Errorf("%w: with Ed25519 SSH signs the message and not its digest; send the message", sigerr.Invalid)
+	}
+	return keys.EdDSAMessage, nil
 }
 
 // sign is the part of Sign that happens once for an idempotency id: the
 // request is allowed under snapshot s.
-func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, pkg *policy.Package, e audit.Entry,
+func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, content *policy.Content, e audit.Entry,
 	s *snapshot, k *keys.Registered, rule policy.Decision, scheme keys.Scheme,
 ) (Signature, error) {
 	if err := s.limits.take(p.Name(), k.Name, rule, g.c.Now()); err != nil {
 		return g.refuse(e, audit.Denied, err, err.Error())
 	}
+	signed := r.Digest
+	if scheme == keys.EdDSAMessage {
+		signed = r.Message
+	}
 	expected := g.audit.Expect()
 	defer expected.Cancel()
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
-	sig, err := g.c.Token.Sign(tctx, k.ID, r.Digest, scheme.SaltedOptions(r.Hash, r.SaltLength))
+	sig, err := g.c.Token.Sign(tctx, k.ID, signed, scheme.SaltedOptions(r.Hash, r.SaltLength))
 	cancel()
 	if err != nil {
 		return g.refuse(e, audit.Failed, tokenError(err), err.Error())
 	}
-	err = keys.VerifySalted(k.PublicKey, scheme, r.Hash, r.SaltLength, r.Digest, sig)
+	err = keys.VerifySalted(k.PublicKey, scheme, r.Hash, r.SaltLength, signed, sig)
 	if err != nil { // 2
 		g.log.Error("token returned a signature that does not verify: is this the token and the key that were registered?",
 			"key", k.Name, "token", k.Token, "error", err)
@@ -362,7 +389,7 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, pkg *p
 	if g.stale.Load() || g.snap.Load() != s {
 		now, err := g.current(context.WithoutCancel(ctx))
 		if err == nil {
-			_, _, err = now.decide(p, r, pkg, g.c.Now())
+			_, _, err = now.decide(p, r, content, g.c.Now())
 		}
 		if err != nil {
 			return g.refuse(e, audit.Denied, public(err), err.Error()+" (changed while the token worked)")
@@ -422,13 +449,13 @@ func public(err error) error {
 	return err
 }
 
-// decide looks the key up and asks the rules; pkg is what was read of the
+// decide looks the key up and asks the rules; content is what was read of the
 // request's message. Where it errs the caller must not go on. Errors are for the audit log; public turns them into the caller's.
-func (s *snapshot) decide(p ident.Principal, r Request, pkg *policy.Package, now time.Time) (*keys.Registered, policy.Decision, error) {
+func (s *snapshot) decide(p ident.Principal, r Request, content *policy.Content, now time.Time) (*keys.Registered, policy.Decision, error) {
 	k := s.keys.Get(r.Key)
 	d := s.rules.Allow(policy.Query{
 		Principal: p.Name(), Key: r.Key, Action: policy.Sign, Now: now,
-		Format: r.Format, Blind: pkg == nil, Hash: keys.HashName(r.Hash), Package: pkg,
+		Format: r.Format, Blind: content == nil, Hash: keys.HashName(r.Hash), Content: content,
 	})
 	switch {
 	case k == nil:

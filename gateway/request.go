@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"crypto"
 	"encoding/hex"
 	"fmt"
@@ -31,7 +32,8 @@ type Request struct {
 	Digest []byte
 	Hash   crypto.Hash
 	// Message, in place of Digest, is what is to be hashed. The gateway hashes it
-	// and reads, by Format, what it is; a format that it cannot read is refused.
+	// and reads, by Format, what it is; a format that it cannot read is refused. With
+	// the formats of SSH Ed25519 signs the message itself.
 	Message []byte
 	// Scheme; empty: the usual one of the key's algorithm.
 	Scheme keys.Scheme
@@ -61,7 +63,14 @@ const (
 // Read reads what a message of a format is, made to be hashed with hash. It
 // knows the formats of policy.ContentFormats, and takes no longer than reading
 // the message once does. Its errors are told to the caller.
-type Read func(format string, hash crypto.Hash, message []byte) (*policy.Package, error)
+//
+// Ed25519 keys sign a message of SSH as it is. So what it reads as ssh-sig or ssh-auth
+// must not be anything else that is signed: neither a digest (32, 48 or 64 bytes,
+// but for those with the prefix that Sign refuses) nor a message of another format.
+type Read func(format string, hash crypto.Hash, message []byte) (*policy.Content, error)
+
+// sshPrefix begins every message of the format ssh-sig (PROTOCOL.sshsig of OpenSSH).
+const sshPrefix = "SSHSIG"
 
 // check refuses a request that is wrong whatever key it names, so that its
 // answer tells nothing about keys.
@@ -81,6 +90,12 @@ func (r *Request) check() error {
 	}
 	if r.Message == nil && len(r.Digest) != r.Hash.Size() {
 		return fmt.Errorf("%w: the digest has %d bytes; one of %s has %d", sigerr.Invalid, len(r.Digest), r.Hash, r.Hash.Size())
+	}
+	// A message of ssh-sig can have 64 bytes. Passed for a digest and signed with
+	// Ed25519 it would be a signature that no rule on ssh-sig has seen. One true digest
+	// in 2^48 begins so.
+	if bytes.HasPrefix(r.Digest, []byte(sshPrefix)) {
+		return fmt.Errorf("%w: the digest begins with %q, so it is none; send what SSH signs as a message of format %s", sigerr.Invalid, sshPrefix, policy.SSHSig)
 	}
 	if !slices.Contains(policy.Formats, r.Format) {
 		return fmt.Errorf("%w: format %q is not one of %s", sigerr.Invalid, r.Format, strings.Join(policy.Formats, ", "))

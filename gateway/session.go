@@ -63,6 +63,16 @@ func (s *Session) Sign(ctx context.Context, key string, hash crypto.Hash, digest
 	return sig.Bytes, err
 }
 
+// SignMessage has a message of a format that the gateway reads signed, as the format
+// and the key want it: its digest by hash, or with SSH and Ed25519 itself. note is
+// recorded, never decided on.
+func (s *Session) SignMessage(ctx context.Context, key, format string, hash crypto.Hash, message []byte, note string) ([]byte, error) {
+	sig, err := s.g.Sign(ctx, s.p, Request{
+		Key: key, Message: message, Hash: hash, Format: format, FrontEnd: s.frontEnd, Claim: Claim{Note: note},
+	})
+	return sig.Bytes, err
+}
+
 // Chains returns the X.509 certificates of those keys that have some, as DER: a
 // key's own, then its issuers'. The caller must not change them.
 func (s *Session) Chains(ctx context.Context) (map[string][][]byte, error) {

@@ -31,7 +31,7 @@ func newSSHHost(t testing.TB) *sshHost {
 	writeFile(t, filepath.Join(h.dir, "sshd_config"), fmt.Sprintf(`ListenAddress %s
 Port %s
 HostKey %s/host
-AuthorizedKeysFile %s/user.pub
+AuthorizedKeysFile %s/user.pub %s/authorized
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
@@ -39,7 +39,7 @@ StrictModes no
 UsePAM no
 PidFile none
 StreamLocalBindUnlink yes
-`, host, port, h.dir, h.dir))
+`, host, port, h.dir, h.dir, h.dir))
 	h.config = filepath.Join(h.dir, "ssh_config")
 	writeFile(t, h.config, fmt.Sprintf(`Host build
   HostName %s

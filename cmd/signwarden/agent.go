@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 type agentFlags struct {
 	gpg    []string // paths and words
 	p11    []string
+	ssh    []string
 	tokens []string // of p11
 	bounds config.Socket
 	file   string
@@ -32,18 +34,18 @@ type agentFlags struct {
 func (a *app) agentCommand() *cobra.Command {
 	var f agentFlags
 	c := &cobra.Command{
-		Use:   "agent [--gpg-socket PATH|auto|extra] [--p11-socket PATH|auto]",
+		Use:   "agent [--gpg-socket PATH|auto|extra] [--p11-socket PATH|auto] [--ssh-socket PATH|auto]",
 		Short: "Serve agent sockets on this host",
 		Long: `agent serves agent sockets until it is ended: unmodified gpg, gpgsm, rpmsign, git and
-debsign sign through them with the keys that you may use, and tools that load keys
-by PKCS#11. It answers everything but the signing itself from memory. The sockets are
+debsign sign through them with the keys that you may use, tools that load keys
+by PKCS#11, and ssh-keygen, git and ssh. It answers everything but the signing itself from memory. The sockets are
 for your own uid.
 
 For a gpg-agent socket, "auto" is where gpg looks for its agent, gpgconf --list-dirs agent-socket; "extra" is
 the agent-extra-socket, for forwarding through SSH. signwarden agent setup makes a
 GNUPGHOME ready. A socket can have bounds of its own: which keys it shows, for how long
-it signs, and how often. The flags give those of each socket that --gpg-socket and
---p11-socket name; in the file of --config, or agent.yaml beside the client profile, each entry has its own:
+it signs, and how often. The flags give those of each socket that --gpg-socket,
+--p11-socket and --ssh-socket name; in the file of --config, or agent.yaml beside the client profile, each entry has its own:
 
   sockets:
     - gpg_socket: auto
@@ -54,10 +56,15 @@ certificates in a token "signwarden", or in those of --p11-token, and sign witho
 There "auto" is where p11-kit's client looks by itself, $XDG_RUNTIME_DIR/p11-kit/pkcs11;
 for another path set P11_KIT_SERVER_ADDRESS=unix:path=PATH.
 
+An ssh-agent socket signs what ssh-keygen -Y sign and git (gpg.format=ssh) ask for, where a
+rule allows ssh-sig; rules can say which namespaces. Logins need a rule that names the
+format ssh-auth; "*" is not enough. "auto" is $XDG_RUNTIME_DIR/signwarden/ssh: tools have
+to be told, SSH_AUTH_SOCK=PATH.
+
 It starts while the gateway is away too: tools are told "Not operational" until it answers.`,
 		Example: `  signwarden agent --gpg-socket auto
   signwarden agent --gpg-socket ~/jobs/17/S.gpg-agent --keys 'nightly-*' --lifetime 2h --signatures 500
-  signwarden agent --gpg-socket auto --p11-socket auto`,
+  signwarden agent --gpg-socket auto --p11-socket auto --ssh-socket auto`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			all, err := a.sockets(&f)
@@ -70,6 +77,7 @@ It starts while the gateway is away too: tools are told "Not operational" until 
 	fl := c.Flags()
 	fl.StringArrayVar(&f.gpg, "gpg-socket", nil, "path of a gpg-agent socket, auto, or extra; more than once")
 	fl.StringArrayVar(&f.p11, "p11-socket", nil, "path of a PKCS#11 socket, or auto; more than once")
+	fl.StringArrayVar(&f.ssh, "ssh-socket", nil, "path of an ssh-agent socket, or auto; more than once")
 	addTokenFlag(c, &f.tokens)
 	fl.StringArrayVar(&f.bounds.Keys, "keys", nil, "name or glob of keys that the socket shows (default: all that you may sign with)")
 	fl.DurationVar((*time.Duration)(&f.bounds.Lifetime), "lifetime", 0, "how long the socket signs, like 2h (default: no bound)")
@@ -77,10 +85,10 @@ It starts while the gateway is away too: tools are told "Not operational" until 
 	fl.StringArrayVar(&f.bounds.TrustedRoots, "trusted-root", nil, "PEM file with X.509 roots that gpgsm is told to trust")
 	fl.StringVar(&f.file, "config", "", "file of agent sockets")
 	fl.BoolVar(&f.fromFD, "systemd", false, "serve the sockets that systemd passes (LISTEN_FDS)")
-	c.MarkFlagsMutuallyExclusive("gpg-socket", "config")
-	c.MarkFlagsMutuallyExclusive("gpg-socket", "systemd")
-	c.MarkFlagsMutuallyExclusive("p11-socket", "config")
-	c.MarkFlagsMutuallyExclusive("p11-socket", "systemd")
+	for _, name := range []string{"gpg-socket", "p11-socket", "ssh-socket"} {
+		c.MarkFlagsMutuallyExclusive(name, "config")
+		c.MarkFlagsMutuallyExclusive(name, "systemd")
+	}
 	c.AddCommand(a.agentSetupCommand())
 	return c
 }
@@ -118,13 +126,16 @@ func (a *app) sockets(f *agentFlags) ([]socket, error) {
 	for name, file := range passed {
 		protocol, _, _ := strings.Cut(name, "-")
 		conf := config.Socket{GPGSocket: config.WordFD + name}
-		if protocol == config.ProtocolP11 {
+		switch protocol {
+		case config.ProtocolP11:
 			conf = config.Socket{P11Socket: config.WordFD + name}
+		case config.ProtocolSSH:
+			conf = config.Socket{SSHSocket: config.WordFD + name}
 		}
 		all = append(all, socket{protocol: protocol, file: file, conf: conf})
 	}
 	if len(all) == 0 {
-		return nil, exit.Hint(exit.UsageError("it is not said which sockets to serve"), "--gpg-socket auto, --p11-socket auto, --config FILE or --systemd; see `signwarden agent --help`")
+		return nil, exit.Hint(exit.UsageError("it is not said which sockets to serve"), "--gpg-socket auto, --p11-socket auto, --ssh-socket auto, --config FILE or --systemd; see `signwarden agent --help`")
 	}
 	return all, nil
 }
@@ -144,12 +155,16 @@ func (a *app) socketConfigs(f *agentFlags) ([]config.Socket, error) {
 		}
 		confs = append(confs, s)
 	}
-	more, err := f.p11Configs()
-	if confs = append(confs, more...); err != nil || len(confs) > 0 {
+	p11, err := f.p11Configs()
+	if err != nil {
+		return nil, err
+	}
+	ssh, err := f.sshConfigs()
+	if confs = slices.Concat(confs, p11, ssh); err != nil || len(confs) > 0 {
 		return confs, err
 	}
 	if len(f.bounds.Keys) > 0 || f.bounds.Lifetime != 0 || f.bounds.Signatures != 0 || len(f.bounds.TrustedRoots) > 0 {
-		return nil, exit.UsageError("--keys, --lifetime, --signatures and --trusted-root are for --gpg-socket and --p11-socket; other sockets have them in a file")
+		return nil, exit.UsageError("--keys, --lifetime, --signatures and --trusted-root are for --gpg-socket, --p11-socket and --ssh-socket; other sockets have them in a file")
 	}
 	file := f.file
 	if file == "" {
@@ -174,7 +189,7 @@ func (f *agentFlags) p11Configs() ([]config.Socket, error) {
 		return nil, err
 	case len(tokens) > 0 && len(f.p11) == 0:
 		return nil, exit.UsageError("--p11-token is for --p11-socket")
-	case len(f.bounds.TrustedRoots) > 0 && len(f.p11) > 0 && len(f.gpg) == 0:
+	case len(f.bounds.TrustedRoots) > 0 && len(f.p11)+len(f.ssh) > 0 && len(f.gpg) == 0:
 		return nil, exit.UsageError("--trusted-root is for --gpg-socket")
 	}
 	var confs []config.Socket
@@ -192,10 +207,43 @@ func (f *agentFlags) p11Configs() ([]config.Socket, error) {
 	return confs, nil
 }
 
+// sshConfigs are what the flags say of ssh-agent sockets.
+func (f *agentFlags) sshConfigs() ([]config.Socket, error) {
+	var confs []config.Socket
+	for _, path := range f.ssh {
+		s := f.bounds
+		s.TrustedRoots, s.SSHSocket = nil, path
+		if err := s.Check(); err != nil {
+			return nil, exit.UsageError("%w", err)
+		}
+		if strings.HasPrefix(path, config.WordFD) {
+			return nil, exit.UsageError("--ssh-socket: %s is for the file of --config", path)
+		}
+		confs = append(confs, s)
+	}
+	return confs, nil
+}
+
+// sshSocket resolves the word auto. SSH's tools look nowhere by themselves.
+func sshSocket(path string) (string, error) {
+	if path != config.WordAuto {
+		return filepath.Abs(path)
+	}
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if dir == "" {
+		return "", exit.Hint(errors.New("XDG_RUNTIME_DIR is not set, so there is no place for the ssh-agent socket"),
+			"name a path, and give it to tools: SSH_AUTH_SOCK=PATH")
+	}
+	return filepath.Join(dir, "signwarden", "ssh"), nil
+}
+
 // resolve is the path that a socket's word stands for.
 func resolve(s config.Socket) (string, error) {
-	if s.Protocol() == config.ProtocolP11 {
+	switch s.Protocol() {
+	case config.ProtocolP11:
 		return p11Socket(s.P11Socket)
+	case config.ProtocolSSH:
+		return sshSocket(s.SSHSocket)
 	}
 	return gpgSocket(s.GPGSocket, os.Environ())
 }

@@ -87,7 +87,7 @@ func (a *app) printEntry(row int64, raw []byte) error {
 	_, err = fmt.Fprintf(a.out, "%d %s %s %s %s", row, e.Time.Format("2006-01-02T15:04:05.000Z"), e.Outcome, e.Action, e.Principal)
 	for _, f := range []struct{ name, value string }{
 		{"key", e.Key}, {"format", e.Format}, {"hash", e.Hash}, {"digest", short(e.Digest)}, {"rule", e.Rule},
-		{"reason", e.Reason}, {"file", e.ClaimFile}, {"nevra", e.ClaimNEVRA}, {"note", e.ClaimNote}, {"detail", e.Detail},
+		{"reason", e.Reason}, {"file", e.ClaimFile}, {"nevra", e.ClaimNEVRA}, {"namespace", e.Namespace}, {"user", e.User}, {"note", e.ClaimNote}, {"detail", e.Detail},
 	} {
 		if f.value != "" && err == nil {
 			// Quoted: much of it is a client's words, and this is a terminal.

@@ -33,7 +33,7 @@ func (a *app) execCommand() *cobra.Command {
 	var roots []string
 	c := &cobra.Command{
 		Use:   "exec -- COMMAND [ARG]...",
-		Short: "Run a command whose gpg and PKCS#11 tools sign through the gateway",
+		Short: "Run a command whose gpg, PKCS#11 and SSH tools sign through the gateway",
 		Long: `exec runs a command in a GNUPGHOME of its own, in which gpg finds an agent that
 signs with the keys you may use, and their certificates. Nothing in your own
 GNUPGHOME is read or changed, and everything is gone when the command has ended.
@@ -42,6 +42,10 @@ Signals are passed on; the exit code is the command's.
 The command also finds those keys and their X.509 certificates in a PKCS#11 token,
 "signwarden", through p11-kit: P11_KIT_SERVER_ADDRESS, PKCS11_MODULE_PATH,
 PKCS11_PROVIDER_MODULE and OPENSSL_CONF are set for it. No PIN is asked for.
+
+SSH_AUTH_SOCK is set as well: ssh-keygen -Y sign and git (gpg.format=ssh) sign with those
+keys. Logins by ssh do so only where a rule names ssh-auth. A command that is to log in
+with your own agent gets it back: signwarden exec -- env SSH_AUTH_SOCK="$SSH_AUTH_SOCK" git push
 
 Name a key to gpg by its user id, address or fingerprint: signwarden key list; to
 PKCS#11 tools by its name, like pkcs11:token=signwarden;object=NAME;type=private. gpgsm
@@ -96,9 +100,12 @@ func (a *app) exec(ctx context.Context, c *client.Client, roots, argv []string) 
 	if err != nil {
 		return err
 	}
+	ssh := filepath.Join(home.dir, "ssh")
+	env = append(slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "SSH_AUTH_SOCK=") }), "SSH_AUTH_SOCK="+ssh)
 	agent, err := a.startSockets(func(format string) *client.Session { return sessions[format] }, []socket{
 		{protocol: config.ProtocolGPG, path: home.socket, conf: config.Socket{TrustedRoots: roots}},
 		{protocol: config.ProtocolP11, path: p11},
+		{protocol: config.ProtocolSSH, path: ssh},
 	})
 	if err != nil {
 		return err

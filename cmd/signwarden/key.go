@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -310,16 +311,23 @@ func (a *app) keyState(verb string, to keys.State) *cobra.Command {
 }
 
 func (a *app) keyExport() *cobra.Command {
-	var format string
+	var format, signer string
+	var namespaces []string
 	c := &cobra.Command{
 		Use:   "export NAME --format openpgp|spki|ssh|x509",
 		Short: "Print the public half of a key",
 		Long: `export prints the public half of a key: openpgp, the armored certificate that
-gpg and rpm import; spki, a PEM PUBLIC KEY; ssh, a line for allowed_signers or
-authorized_keys; x509, the PEM chain, the key's own certificate first. There is no
-way to export a private half.`,
+gpg and rpm import; spki, a PEM PUBLIC KEY; ssh, a line for authorized_keys, a .pub file
+or git's user.signingkey, and with --signer one for allowed_signers; x509, the PEM chain,
+the key's own certificate first. There is no way to export a private half.`,
+		Example: `  signwarden key export release --format ssh >release.pub
+  signwarden key export release --format ssh --signer release@example.org --namespaces git >>allowed_signers`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
+			prefix, err := allowedSigner(format, signer, namespaces)
+			if err != nil {
+				return err
+			}
 			return a.with(func(c *client.Client) error {
 				k, err := c.Key(cmd.Context(), argv[0])
 				if err != nil {
@@ -329,13 +337,35 @@ way to export a private half.`,
 				if err != nil {
 					return err
 				}
+				text = append([]byte(prefix), text...)
 				return a.print(map[string]string{"name": k.Name, "format": format, "text": string(text)},
 					func(w io.Writer) { _, _ = a.out.Write(text) })
 			})
 		},
 	}
 	c.Flags().StringVar(&format, "format", "openpgp", "openpgp, spki, ssh or x509")
+	c.Flags().StringVar(&signer, "signer", "", "with ssh: who is to be allowed, like release@example.org")
+	c.Flags().StringSliceVar(&namespaces, "namespaces", nil, "with --signer: for what, like git,file (default: anything)")
 	return c
+}
+
+// allowedSigner is what goes before a key in allowed_signers (ssh-keygen(1)).
+func allowedSigner(format, signer string, namespaces []string) (string, error) {
+	switch {
+	case signer == "" && len(namespaces) == 0:
+		return "", nil
+	case signer == "":
+		return "", exit.UsageError("--namespaces are of an allowed signer: give --signer too")
+	case format != "ssh":
+		return "", exit.UsageError("--signer is for --format ssh")
+	case strings.ContainsAny(signer, " \t\r\n\"#"):
+		return "", exit.UsageError("--signer %q: a principal of SSH has no blanks, quotes or #", signer)
+	case strings.ContainsAny(strings.Join(namespaces, ","), "\r\n\""):
+		return "", exit.UsageError("--namespaces: no quotes or ends of lines")
+	case len(namespaces) == 0:
+		return signer + " ", nil
+	}
+	return fmt.Sprintf("%s namespaces=\"%s\" ", signer, strings.Join(namespaces, ",")), nil
 }
 
 func export(k client.Key, format string) ([]byte, error) {

@@ -27,7 +27,7 @@ rules:
     principals: [alice, "spiffe://example.org/ci/*"]   # exact or glob; * does not cross /
     keys: ["release-*"]             # exact or glob
     may: [sign, read]               # sign, read, admin
-    formats: [openpgp, rpm]         # or "*"; needed with sign
+    formats: [openpgp, rpm]         # or "*", all but ssh-auth; needed with sign
     blind: true                     # may sign bare digests: gpg, rpmsign, this client
                                     # without content
     hashes: [sha256, sha512]        # default: sha256, sha384, sha512
@@ -47,6 +47,12 @@ rules:
       releases: ["*.el10"]
       arches: [x86_64, noarch]      # source packages: src, nosrc
       vendors: ["Example"]
+  - name: git-signatures
+    principals: [alice]
+    keys: [release]
+    may: [sign]
+    formats: [ssh-sig]
+    namespaces: [git, "file*"]      # of ssh-keygen -Y sign; the gateway reads them itself
 
 Administrators are principals with may: [admin] on keys: ["*"].`,
 	}
@@ -123,15 +129,17 @@ func (a *app) policyTest() *cobra.Command {
 	var q client.PolicyQuery
 	var hash, pkg string
 	c := &cobra.Command{
-		Use:   "test --key K [--principal P] [--format F | --rpm FILE]",
+		Use:   "test --key K [--principal P] [--format F | --rpm FILE | --namespace N | --login USER]",
 		Short: "Tell what would be decided, by which rule, and why",
 		Long: `test asks the rules in force what they would say to a request for a bare digest, or
-with --rpm to one that shows the gateway the header of that package. It signs
+with --rpm to one that shows the gateway the header of that package; with --namespace
+to a signature of ssh-keygen -Y sign or git, and with --login to a login by ssh. It signs
 nothing, and does not look at the key: whether it exists, or is disabled.
 gpg and rpmsign ask, through an agent socket, for the format openpgp.
 Exit code 0: allowed; 4: denied.`,
 		Example: `  signwarden policy test --principal alice --key release --format openpgp
-  signwarden policy test --principal ci --key release --rpm bash-5.2-1.x86_64.rpm`,
+  signwarden policy test --principal ci --key release --rpm bash-5.2-1.x86_64.rpm
+  signwarden policy test --principal alice --key release --namespace git`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			h, ok := keys.Hashes[hash]
@@ -146,6 +154,12 @@ Exit code 0: allowed; 4: denied.`,
 				}
 				q.Format = "rpm"
 			}
+			switch {
+			case q.Namespace != "":
+				q.Format = policy.SSHSig
+			case q.User != "":
+				q.Format = policy.SSHAuth
+			}
 			if (q.Action == "sign") == (q.Format == "") {
 				return exit.UsageError("--format goes with signing, and signing needs it")
 			}
@@ -158,7 +172,9 @@ Exit code 0: allowed; 4: denied.`,
 	c.Flags().StringVar(&q.Format, "format", "", "what the signature is for, like openpgp or rpm")
 	c.Flags().StringVar(&hash, "hash", "sha256", "the digest's hash")
 	c.Flags().StringVar(&pkg, "rpm", "", "a package that would be signed")
-	c.MarkFlagsMutuallyExclusive("rpm", "format")
+	c.Flags().StringVar(&q.Namespace, "namespace", "", "an SSH signature of that namespace, like git")
+	c.Flags().StringVar(&q.User, "login", "", "a login by ssh as that user")
+	c.MarkFlagsMutuallyExclusive("rpm", "format", "namespace", "login")
 	exit.Require(c, "key")
 	return c
 }

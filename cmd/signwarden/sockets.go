@@ -14,6 +14,7 @@ import (
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/gpgagent"
 	"github.com/signwarden/signwarden/agentproto/lease"
+	"github.com/signwarden/signwarden/agentproto/sshagent"
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/cmd/internal/sockets"
 	"github.com/signwarden/signwarden/gateway/client"
@@ -34,7 +35,7 @@ type handler = func(ctx context.Context, c net.Conn, p agentproto.Peer)
 // protocol is what can be spoken on a socket.
 type protocol struct {
 	words  string // for people
-	format string // of the requests that it makes
+	format string // of the requests that it makes, where they do not name their own
 	serve  func(serving) (handler, error)
 }
 
@@ -51,6 +52,19 @@ type serving struct {
 var protocols = map[string]protocol{
 	config.ProtocolGPG: {"gpg-agent", "openpgp", serveGPG},
 	config.ProtocolP11: {"PKCS#11", formatPKCS11, serveP11},
+	config.ProtocolSSH: {"ssh-agent", sshagent.FormatSig, serveSSH},
+}
+
+func serveSSH(s serving) (handler, error) {
+	srv, err := sshagent.New(sshagent.Config{
+		Keys:   func(agentproto.Peer) (sshagent.Keys, error) { return s.keys, nil },
+		Lease:  s.bounds,
+		Logger: s.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return srv.ServeConn, nil
 }
 
 func serveGPG(s serving) (handler, error) {
@@ -120,7 +134,7 @@ func (a *app) startSockets(session func(format string) *client.Session, all []so
 func (s *served) listen(session func(format string) *client.Session, want socket, log *slog.Logger) error {
 	p, ok := protocols[want.protocol]
 	if !ok {
-		return exit.UsageError("systemd passes a descriptor named %q: FileDescriptorName must be the protocol, gpg or p11, or begin with it, like gpg-job",
+		return exit.UsageError("systemd passes a descriptor named %q: FileDescriptorName must be the protocol, gpg, p11 or ssh, or begin with it, like gpg-job",
 			strings.TrimPrefix(want.conf.Path(), config.WordFD))
 	}
 	bounds, roots, err := sockets.Bounds(want.conf)

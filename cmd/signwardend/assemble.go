@@ -16,6 +16,7 @@ import (
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/formats/openpgp"
 	"github.com/signwarden/signwarden/formats/rpm"
+	"github.com/signwarden/signwarden/formats/sshsig"
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/config"
 	"github.com/signwarden/signwarden/gateway/policy"
@@ -112,10 +113,30 @@ func amend(m gateway.Amendment) ([]byte, error) {
 }
 
 // read reads what a message is for the gateway, which knows no formats.
-func read(format string, hash crypto.Hash, message []byte) (*policy.Package, error) {
-	if format != "rpm" {
-		return nil, fmt.Errorf("no reader of format %q", format)
+func read(format string, hash crypto.Hash, message []byte) (*policy.Content, error) {
+	switch format {
+	case "rpm":
+		return readRPM(hash, message)
+	case policy.SSHSig:
+		b, err := sshsig.ParseBlob(message)
+		if err != nil {
+			return nil, err
+		}
+		return &policy.Content{Namespace: b.Namespace}, nil
+	case policy.SSHAuth:
+		l, err := sshsig.ParseLogin(message)
+		if err == nil && l.Hash() != hash {
+			err = fmt.Errorf("a login with %s is hashed with %v, not %v", l.Algorithm, l.Hash(), hash)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return &policy.Content{User: l.User}, nil
 	}
+	return nil, fmt.Errorf("no reader of format %q", format)
+}
+
+func readRPM(hash crypto.Hash, message []byte) (*policy.Content, error) {
 	h, _, err := rpm.ReadMessage(message, hash)
 	if err != nil {
 		return nil, err
@@ -125,7 +146,7 @@ func read(format string, hash crypto.Hash, message []byte) (*policy.Package, err
 	if n.HasEpoch {
 		p.Epoch = strconv.FormatUint(uint64(n.Epoch), 10)
 	}
-	return p, nil
+	return &policy.Content{Package: p}, nil
 }
 
 // parts is an assembled gateway.

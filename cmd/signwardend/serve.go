@@ -19,6 +19,7 @@ import (
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/gpgagent"
 	"github.com/signwarden/signwarden/agentproto/p11token"
+	"github.com/signwarden/signwarden/agentproto/sshagent"
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/cmd/internal/sockets"
 	"github.com/signwarden/signwarden/gateway"
@@ -233,6 +234,18 @@ func (a *agents) handler(conf config.Agent) (func(context.Context, net.Conn, age
 		}
 		return srv.ServeConn, nil
 	}
+	if conf.Protocol() == config.ProtocolSSH {
+		srv, err := sshagent.New(sshagent.Config{
+			Lease: bounds, Logger: log,
+			Keys: func(peer agentproto.Peer) (sshagent.Keys, error) {
+				return session(peer, "ssh-agent", sshagent.FormatSig)
+			},
+		})
+		if err != nil {
+			return nil, err
+		}
+		return srv.ServeConn, nil
+	}
 	srv, err := gpgagent.New(gpgagent.Config{
 		Lease: bounds, TrustedRoots: roots, Logger: log,
 		Keys: func(peer agentproto.Peer) (gpgagent.Keys, error) { return session(peer, "gpg-agent", "openpgp") },
@@ -259,7 +272,7 @@ func (a *agents) stop() {
 }
 
 // protocolWords are for people.
-var protocolWords = map[string]string{config.ProtocolGPG: "gpg-agent", config.ProtocolP11: "PKCS#11"}
+var protocolWords = map[string]string{config.ProtocolGPG: "gpg-agent", config.ProtocolP11: "PKCS#11", config.ProtocolSSH: "ssh-agent"}
 
 // String is for the line that says where the gateway listens.
 func (a *agents) String() string {

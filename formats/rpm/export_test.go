@@ -49,10 +49,10 @@ func NewHookedDisk(hook func(Step) error) HookedDisk {
 			})
 			return n, e
 		},
-		sync:    func(f *os.File) error { return step("sync", f.Name(), func() error { return r.sync(f) }) },
-		rename:  func(from, to string) error { return step("rename", to, func() error { return r.rename(from, to) }) },
-		remove:  func(path string) error { return step("remove", path, func() error { return r.remove(path) }) },
-		syncDir: func(path string) error { return step("syncDir", path, func() error { return r.syncDir(path) }) },
+		sync:      func(f *os.File) error { return step("sync", f.Name(), func() error { return r.sync(f) }) },
+		rename:    func(from, to string) error { return step("rename", to, func() error { return r.rename(from, to) }) },
+		remove:    func(path string) error { return step("remove", path, func() error { return r.remove(path) }) },
+		syncDir:   func(path string) error { return step("syncDir", path, func() error { return r.syncDir(path) }) },
 		syncData:  func(f *os.File) error { return step("syncData", f.Name(), func() error { return r.syncData(f) }) },
 		writeSync: writing("writeSync", r.writeSync),
 	}}

@@ -50,7 +50,9 @@ type Entry struct {
 	Signature      string // SHA-256 of the signature, hexadecimal
 
 	// What the gateway itself read of what was signed, and decided on.
-	NEVRA, Vendor string
+	NEVRA, Vendor string // of an RPM package
+	Namespace     string // of an SSH signature
+	User          string // whom a login by SSH is for
 
 	// What the client said; recorded, never decided on.
 	ClaimFile, ClaimSHA256, ClaimNEVRA, ClaimNote string
@@ -81,6 +83,7 @@ func (e *Entry) members(at *string) []member {
 		{"hash", &e.Hash},
 		{"key", &e.Key},
 		{"key_fingerprint", &e.KeyFingerprint},
+		{"namespace", &e.Namespace},
 		{"nevra", &e.NEVRA},
 		{"outcome", (*string)(&e.Outcome)},
 		{"principal", &e.Principal},
@@ -90,6 +93,7 @@ func (e *Entry) members(at *string) []member {
 		{"scheme", &e.Scheme},
 		{"signature", &e.Signature},
 		{"time", at},
+		{"user", &e.User},
 		{"vendor", &e.Vendor},
 		{"via", &e.Via},
 	}

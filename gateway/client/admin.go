@@ -184,7 +184,10 @@ type PolicyQuery struct {
 	Action    string // sign, read or admin; empty: sign
 	Format    string // for sign
 	Hash      crypto.Hash
-	Package   *Package // that a message would be of; nil: a bare digest
+	// What a message would be of; all empty: a bare digest.
+	Package   *Package // of format rpm
+	Namespace string   // of format ssh-sig
+	User      string   // of format ssh-auth
 }
 
 // Package is what the gateway reads of an RPM package's header.
@@ -205,6 +208,7 @@ type PolicyDecision struct {
 func (c *Client) TestPolicy(ctx context.Context, q PolicyQuery) (PolicyDecision, error) {
 	req := &pb.TestPolicyRequest{
 		Principal: q.Principal, Key: q.Key, Action: q.Action, Format: q.Format, Hash: pb.HashAlgorithmOf(q.Hash),
+		Namespace: q.Namespace, User: q.User,
 	}
 	if p := q.Package; p != nil {
 		req.Package = &pb.Package{

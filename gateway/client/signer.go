@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -85,8 +86,14 @@ func (s *Signer) sign(digest, message []byte, opts crypto.SignerOpts) ([]byte, e
 	if err != nil {
 		return nil, err
 	}
-	if !s.unverified {
-		err = keys.VerifySalted(s.key.PublicKey, sig.Scheme, r.Hash, r.SaltLength, digest, sig.Bytes)
+	signed := digest
+	if sig.Scheme == keys.EdDSAMessage {
+		signed = message
+	}
+	if sig.Scheme == keys.EdDSAMessage && message == nil {
+		err = errors.New("it signs a message, and was sent a digest")
+	} else if !s.unverified {
+		err = keys.VerifySalted(s.key.PublicKey, sig.Scheme, r.Hash, r.SaltLength, signed, sig.Bytes)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: what the gateway returned for key %q does not verify: %w", sigerr.TokenFailed, s.key.Name, err)
@@ -117,7 +124,8 @@ func (c *Client) MessageSigner(ctx context.Context, key Key, format string, clai
 }
 
 // SignMessage implements crypto.MessageSigner: the whole message is sent, and
-// its digest signed as Sign does. What it returns it has verified.
+// its digest signed as Sign does, or with Ed25519 and the formats of SSH the message
+// itself. What it returns it has verified.
 func (s MessageSigner) SignMessage(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
 	hash := hashOf(opts)
 	if keys.HashName(hash) == "" {
@@ -291,6 +299,18 @@ func (s *Session) SignWith(ctx context.Context, key string, opts crypto.SignerOp
 			return nil, err
 		}
 	}
+	sig, err := s.c.Sign(ctx, r)
+	if err != nil {
+		return nil, fmt.Errorf("request %s: %w", r.ID, err)
+	}
+	return sig.Bytes, nil
+}
+
+// SignMessage has a message of a format that the gateway reads signed, as the format
+// and the key want it: its digest by hash, or with SSH and Ed25519 itself. note is
+// recorded. An error names the request as the gateway's audit log does.
+func (s *Session) SignMessage(ctx context.Context, key, format string, hash crypto.Hash, message []byte, note string) ([]byte, error) {
+	r := Request{ID: rand.Text(), Key: key, Message: message, Hash: hash, Format: format, Claim: Claim{Note: note}}
 	sig, err := s.c.Sign(ctx, r)
 	if err != nil {
 		return nil, fmt.Errorf("request %s: %w", r.ID, err)

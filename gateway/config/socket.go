@@ -33,10 +33,12 @@ type Agent struct {
 
 // Socket is a socket, and the bounds of what may be signed through it.
 type Socket struct {
-	// GPGSocket is the path of a gpg-agent socket, or P11Socket that of a PKCS#11 socket,
-	// as p11-kit's client speaks to. In a client's file it can also be a Word.
+	// GPGSocket is the path of a gpg-agent socket, P11Socket that of a PKCS#11 socket,
+	// as p11-kit's client speaks to, or SSHSocket that of an ssh-agent socket: one of them. In a
+	// client's file it can also be a Word.
 	GPGSocket string `yaml:"gpg_socket,omitempty"`
 	P11Socket string `yaml:"p11_socket,omitempty"`
+	SSHSocket string `yaml:"ssh_socket,omitempty"`
 	// P11Tokens are the tokens of a PKCS#11 socket; none: one of all keys.
 	P11Tokens []P11Token `yaml:"p11_tokens,omitempty"`
 	// Keys are names or globs; a key that none matches does not exist on the
@@ -60,12 +62,16 @@ type P11Token struct {
 const (
 	ProtocolGPG = "gpg"
 	ProtocolP11 = "p11"
+	ProtocolSSH = "ssh"
 )
 
 // Protocol is what is spoken on the socket.
 func (s *Socket) Protocol() string {
-	if s.P11Socket != "" {
+	switch {
+	case s.P11Socket != "":
 		return ProtocolP11
+	case s.SSHSocket != "":
+		return ProtocolSSH
 	}
 	return ProtocolGPG
 }
@@ -78,14 +84,17 @@ func (s *Socket) Path() string {
 
 // field is the one that names the socket.
 func (s *Socket) field() (name string, at *string) {
-	if s.P11Socket != "" {
+	switch s.Protocol() {
+	case ProtocolP11:
 		return "p11_socket", &s.P11Socket
+	case ProtocolSSH:
+		return "ssh_socket", &s.SSHSocket
 	}
 	return "gpg_socket", &s.GPGSocket
 }
 
 // Words that stand for a path in a client's file: where gpg looks for its agent, or p11-kit
-// for its server; for the agent's socket that is forwarded; and a descriptor that systemd
+// for its server, or our own place for SSH, which has none; for the agent's socket that is forwarded; and a descriptor that systemd
 // passes by name.
 const (
 	WordAuto  = "auto"
@@ -179,14 +188,18 @@ func (s *Socket) Check() error {
 	name, at := s.field()
 	switch {
 	case *at == "":
-		return errors.New("gpg_socket is missing, and so is p11_socket")
-	case s.GPGSocket != "" && s.P11Socket != "":
-		return errors.New("p11_socket: the entry has a gpg_socket; give each socket an entry of its own")
+		return errors.New("gpg_socket is missing, and so are p11_socket and ssh_socket")
+	case s.GPGSocket != "" && name != "gpg_socket":
+		return fmt.Errorf("%s: the entry has a gpg_socket; give each socket an entry of its own", name)
+	case s.P11Socket != "" && s.SSHSocket != "":
+		return errors.New("ssh_socket: the entry has a p11_socket; give each socket an entry of its own")
 	case len(*at) > maxSocketPath:
 		return fmt.Errorf("%s: %s has %d bytes, and a socket's path at most %d: use a shorter directory", name, *at, len(*at), maxSocketPath)
 	case s.P11Socket == WordExtra:
 		return errors.New("p11_socket: extra is a socket of gpg's; PKCS#11 has none")
-	case s.P11Socket != "" && len(s.TrustedRoots) > 0:
+	case s.SSHSocket == WordExtra:
+		return errors.New("ssh_socket: extra is a socket of gpg's; SSH has none")
+	case s.GPGSocket == "" && len(s.TrustedRoots) > 0:
 		return errors.New("trusted_roots: gpgsm asks for them at a gpg_socket")
 	case s.P11Socket == "" && len(s.P11Tokens) > 0:
 		return errors.New("p11_tokens: there is no p11_socket for them")

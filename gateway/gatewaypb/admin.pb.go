@@ -1643,8 +1643,13 @@ type TestPolicyRequest struct {
 	Format string `protobuf:"bytes,4,opt,name=format,proto3" json:"format,omitempty"`
 	// Hash, for sign; unspecified: SHA-256.
 	Hash HashAlgorithm `protobuf:"varint,5,opt,name=hash,proto3,enum=signwarden.v1.HashAlgorithm" json:"hash,omitempty"`
-	// The package that a message would be of; absent: a bare digest.
-	Package       *Package `protobuf:"bytes,6,opt,name=package,proto3" json:"package,omitempty"`
+	// The package that a message of format rpm would be of; absent, and those below
+	// empty: a bare digest.
+	Package *Package `protobuf:"bytes,6,opt,name=package,proto3" json:"package,omitempty"`
+	// The namespace of a message of format ssh-sig.
+	Namespace string `protobuf:"bytes,7,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// The user of a message of format ssh-auth.
+	User          string `protobuf:"bytes,8,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1719,6 +1724,20 @@ func (x *TestPolicyRequest) GetPackage() *Package {
 		return x.Package
 	}
 	return nil
+}
+
+func (x *TestPolicyRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *TestPolicyRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
 }
 
 // Package is what the gateway reads of an RPM package's header.
@@ -2098,14 +2117,16 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\x05rules\x18\x01 \x01(\x05R\x05rules\"\x12\n" +
 	"\x10GetPolicyRequest\"+\n" +
 	"\x11GetPolicyResponse\x12\x16\n" +
-	"\x06source\x18\x01 \x01(\tR\x06source\"\xd7\x01\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\"\x89\x02\n" +
 	"\x11TestPolicyRequest\x12\x1c\n" +
 	"\tprincipal\x18\x01 \x01(\tR\tprincipal\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x16\n" +
 	"\x06action\x18\x03 \x01(\tR\x06action\x12\x16\n" +
 	"\x06format\x18\x04 \x01(\tR\x06format\x120\n" +
 	"\x04hash\x18\x05 \x01(\x0e2\x1c.signwarden.v1.HashAlgorithmR\x04hash\x120\n" +
-	"\apackage\x18\x06 \x01(\v2\x16.signwarden.v1.PackageR\apackage\"\x93\x01\n" +
+	"\apackage\x18\x06 \x01(\v2\x16.signwarden.v1.PackageR\apackage\x12\x1c\n" +
+	"\tnamespace\x18\a \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04user\x18\b \x01(\tR\x04user\"\x93\x01\n" +
 	"\aPackage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x18\n" +

@@ -132,11 +132,12 @@ func HashAlgorithmOf(h crypto.Hash) HashAlgorithm {
 }
 
 var schemes = map[SignatureScheme]keys.Scheme{
-	SignatureScheme_SIGNATURE_SCHEME_UNSPECIFIED:  "",
-	SignatureScheme_SIGNATURE_SCHEME_RSA_PKCS1V15: keys.PKCS1v15,
-	SignatureScheme_SIGNATURE_SCHEME_RSA_PSS:      keys.PSS,
-	SignatureScheme_SIGNATURE_SCHEME_ECDSA:        keys.ECDSA,
-	SignatureScheme_SIGNATURE_SCHEME_EDDSA:        keys.EdDSA,
+	SignatureScheme_SIGNATURE_SCHEME_UNSPECIFIED:   "",
+	SignatureScheme_SIGNATURE_SCHEME_RSA_PKCS1V15:  keys.PKCS1v15,
+	SignatureScheme_SIGNATURE_SCHEME_RSA_PSS:       keys.PSS,
+	SignatureScheme_SIGNATURE_SCHEME_ECDSA:         keys.ECDSA,
+	SignatureScheme_SIGNATURE_SCHEME_EDDSA:         keys.EdDSA,
+	SignatureScheme_SIGNATURE_SCHEME_EDDSA_MESSAGE: keys.EdDSAMessage,
 }
 
 // Scheme returns the scheme: empty where unspecified, and for a number that

@@ -98,6 +98,9 @@ const (
 	// Pure Ed25519 (RFC 8032) with the digest's bytes as the message, as OpenPGP
 	// wants it (RFC 9580 section 5.2.3.3).
 	SignatureScheme_SIGNATURE_SCHEME_EDDSA SignatureScheme = 4
+	// Pure Ed25519 over the message of format ssh-sig or ssh-auth, as SSH wants it (RFC
+	// 8709 section 6). Not to be asked for: it is the usual scheme there.
+	SignatureScheme_SIGNATURE_SCHEME_EDDSA_MESSAGE SignatureScheme = 5
 )
 
 // Enum value maps for SignatureScheme.
@@ -108,13 +111,15 @@ var (
 		2: "SIGNATURE_SCHEME_RSA_PSS",
 		3: "SIGNATURE_SCHEME_ECDSA",
 		4: "SIGNATURE_SCHEME_EDDSA",
+		5: "SIGNATURE_SCHEME_EDDSA_MESSAGE",
 	}
 	SignatureScheme_value = map[string]int32{
-		"SIGNATURE_SCHEME_UNSPECIFIED":  0,
-		"SIGNATURE_SCHEME_RSA_PKCS1V15": 1,
-		"SIGNATURE_SCHEME_RSA_PSS":      2,
-		"SIGNATURE_SCHEME_ECDSA":        3,
-		"SIGNATURE_SCHEME_EDDSA":        4,
+		"SIGNATURE_SCHEME_UNSPECIFIED":   0,
+		"SIGNATURE_SCHEME_RSA_PKCS1V15":  1,
+		"SIGNATURE_SCHEME_RSA_PSS":       2,
+		"SIGNATURE_SCHEME_ECDSA":         3,
+		"SIGNATURE_SCHEME_EDDSA":         4,
+		"SIGNATURE_SCHEME_EDDSA_MESSAGE": 5,
 	}
 )
 
@@ -456,7 +461,9 @@ type SignItem struct {
 	// In place of the digest: what is to be hashed, at most 16 MiB. The gateway
 	// hashes it and reads what it is, so that rules can decide on that. Format
 	// rpm: the package's main header, then the trailer that a version 4 OpenPGP
-	// signature hashes (RFC 9580 section 5.2.4). No other format has messages.
+	// signature hashes (RFC 9580 section 5.2.4). ssh-sig: what PROTOCOL.sshsig of OpenSSH
+	// has signed. ssh-auth: session identifier and SSH_MSG_USERAUTH_REQUEST (RFC 4252
+	// section 7). No other format has messages.
 	Message []byte `protobuf:"bytes,8,opt,name=message,proto3" json:"message,omitempty"`
 	// Length of the salt of RSA_PSS, in bytes. 0: as long as the hash.
 	SaltLength uint32 `protobuf:"varint,9,opt,name=salt_length,json=saltLength,proto3" json:"salt_length,omitempty"`
@@ -858,13 +865,14 @@ const file_signwarden_v1_signing_proto_rawDesc = "" +
 	"\x15HASH_ALGORITHM_SHA256\x10\x01\x12\x19\n" +
 	"\x15HASH_ALGORITHM_SHA384\x10\x02\x12\x19\n" +
 	"\x15HASH_ALGORITHM_SHA512\x10\x03\x12\x17\n" +
-	"\x13HASH_ALGORITHM_SHA1\x10\x04*\xac\x01\n" +
+	"\x13HASH_ALGORITHM_SHA1\x10\x04*\xd0\x01\n" +
 	"\x0fSignatureScheme\x12 \n" +
 	"\x1cSIGNATURE_SCHEME_UNSPECIFIED\x10\x00\x12!\n" +
 	"\x1dSIGNATURE_SCHEME_RSA_PKCS1V15\x10\x01\x12\x1c\n" +
 	"\x18SIGNATURE_SCHEME_RSA_PSS\x10\x02\x12\x1a\n" +
 	"\x16SIGNATURE_SCHEME_ECDSA\x10\x03\x12\x1a\n" +
-	"\x16SIGNATURE_SCHEME_EDDSA\x10\x042\xa8\x01\n" +
+	"\x16SIGNATURE_SCHEME_EDDSA\x10\x04\x12\"\n" +
+	"\x1eSIGNATURE_SCHEME_EDDSA_MESSAGE\x10\x052\xa8\x01\n" +
 	"\x0eSigningService\x12?\n" +
 	"\x04Sign\x12\x1a.signwarden.v1.SignRequest\x1a\x1b.signwarden.v1.SignResponse\x12U\n" +
 	"\n" +

@@ -131,16 +131,24 @@ func Amend(m gateway.Amendment) ([]byte, error) {
 	return out, nil
 }
 
-// Read stands for a reader of RPM headers: its messages are the parts of a
-// package's name, each on a line, in the order of policy.Package.
-func Read(format string, _ crypto.Hash, message []byte) (*policy.Package, error) {
+// Read stands for a reader of messages. Those of rpm are the parts of a package's
+// name, each on a line, in the order of policy.Package; those of ssh-sig "SSHSIG " and a
+// namespace; and those of ssh-auth "login " and a user.
+func Read(format string, _ crypto.Hash, message []byte) (*policy.Content, error) {
+	name, isSig := strings.CutPrefix(string(message), "SSHSIG ")
+	user, isLogin := strings.CutPrefix(string(message), "login ")
 	parts := strings.Split(string(message), "\n")
-	if format != "rpm" || len(parts) != 6 {
+	switch {
+	case format == policy.SSHSig && isSig:
+		return &policy.Content{Namespace: name}, nil
+	case format == policy.SSHAuth && isLogin:
+		return &policy.Content{User: user}, nil
+	case format != "rpm" || len(parts) != 6:
 		return nil, fmt.Errorf("%d lines, not 6, of %s", len(parts), format)
 	}
-	return &policy.Package{
+	return &policy.Content{Package: &policy.Package{
 		Name: parts[0], Epoch: parts[1], Version: parts[2], Release: parts[3], Arch: parts[4], Vendor: parts[5],
-	}, nil
+	}}, nil
 }
 
 // Token keeps keys in memory. It is safe for concurrent use.

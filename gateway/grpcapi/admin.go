@@ -186,11 +186,15 @@ func (a *admin) TestPolicy(ctx context.Context, r *pb.TestPolicyRequest) (*pb.Te
 		Principal: r.GetPrincipal(), Key: r.GetKey(), Action: policy.Action(r.GetAction()),
 		Format: r.GetFormat(), Blind: true, Hash: keys.HashName(r.GetHash().Hash()),
 	}
+	content := policy.Content{Namespace: r.GetNamespace(), User: r.GetUser()}
 	if pkg := r.GetPackage(); pkg != nil {
-		q.Blind, q.Package = false, &policy.Package{
+		content.Package = &policy.Package{
 			Name: pkg.GetName(), Epoch: pkg.GetEpoch(), Version: pkg.GetVersion(),
 			Release: pkg.GetRelease(), Arch: pkg.GetArch(), Vendor: pkg.GetVendor(),
 		}
+	}
+	if content != (policy.Content{}) {
+		q.Blind, q.Content = false, &content
 	}
 	if q.Principal == "" {
 		q.Principal = p.Name()

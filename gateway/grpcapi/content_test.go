@@ -1,8 +1,11 @@
 package grpcapi_test
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/sha256"
+	"crypto/sha512"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -15,6 +18,7 @@ import (
 	pb "github.com/signwarden/signwarden/gateway/gatewaypb"
 	"github.com/signwarden/signwarden/gateway/gatewaytest"
 	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
 const contentPolicy = gatewaytest.Policy + `
@@ -67,6 +71,67 @@ func TestMessages(t *testing.T) {
 		if d, err := c.TestPolicy(t.Context(), q); err != nil || d.Allowed != want {
 			t.Errorf("policy test of %q: %+v, %v; want %v", name, d, err, want)
 		}
+	}
+}
+
+// Messages of SSH over the wire: what Ed25519 signs is the message itself.
+func TestSSHMessages(t *testing.T) {
+	t.Parallel()
+	s := serve(t, gatewaytest.New(t, gatewaytest.Policy+`
+  - {name: git, principals: [ci], keys: ["*"], may: [sign], formats: [ssh-sig], namespaces: [git]}
+`))
+	c := s.client(t, "ci")
+	ses, err := c.Session(t.Context(), "ssh-sig")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range []keys.Algorithm{keys.Ed25519, keys.P384} {
+		s.Key(t, string(a), a)
+		k, err := c.Key(t.Context(), string(a))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := c.MessageSigner(t.Context(), k, "ssh-sig", client.Claim{})
+		sig, err := m.SignMessage(nil, []byte("SSHSIG git"), digestOpts{crypto.SHA512})
+		if err != nil { // which has verified it
+			t.Fatal(err)
+		}
+		raw, err := ses.SignMessage(t.Context(), k.Name, "ssh-sig", crypto.SHA512, []byte("SSHSIG git"), "note")
+		if err != nil || a == keys.Ed25519 && !bytes.Equal(raw, sig) {
+			t.Errorf("%s: a session gets %x, %v; a signer %x", a, raw, err, sig)
+		}
+		if e := s.Store.Last(t); e.Namespace != "git" || e.ClaimNote != "note" || e.FrontEnd != "grpc" {
+			t.Errorf("audit entry %+v", e)
+		}
+		before := s.Token.Signs()
+		if _, err := ses.SignMessage(t.Context(), k.Name, "ssh-sig", crypto.SHA512, []byte("SSHSIG file"), ""); !errors.Is(err, sigerr.Denied) {
+			t.Errorf("%s: another namespace: %v, want Denied", a, err)
+		}
+		sum := sha512.Sum512([]byte("SSHSIG git"))
+		if _, err := m.Sign(nil, sum[:], digestOpts{crypto.SHA512}); err == nil {
+			t.Errorf("%s: a digest is signed", a)
+		}
+		if got := s.Token.Signs(); got != before {
+			t.Errorf("%s: the token signed %d times", a, got-before)
+		}
+	}
+	root := s.client(t, "root")
+	for _, tt := range []struct {
+		q    client.PolicyQuery
+		want bool
+	}{
+		{client.PolicyQuery{Format: "ssh-sig", Namespace: "git"}, true},
+		{client.PolicyQuery{Format: "ssh-sig", Namespace: "file"}, false},
+		{client.PolicyQuery{Format: "ssh-sig"}, false},
+		{client.PolicyQuery{Format: "ssh-auth", User: "git"}, false},
+	} {
+		tt.q.Principal, tt.q.Key, tt.q.Hash = "ci", "ed25519", crypto.SHA512
+		if d, err := root.TestPolicy(t.Context(), tt.q); err != nil || d.Allowed != tt.want {
+			t.Errorf("policy test of %+v: %+v, %v; want %v", tt.q, d, err, tt.want)
+		}
+	}
+	if _, err := root.TestPolicy(t.Context(), client.PolicyQuery{Key: "k", Format: "ssh-auth", Namespace: "git", Hash: crypto.SHA512}); !errors.Is(err, sigerr.Invalid) {
+		t.Errorf("a login with a namespace: %v, want Invalid", err)
 	}
 }
 

@@ -18,12 +18,15 @@ import (
 type Scheme string
 
 // The schemes. EdDSA signs the digest's bytes as its message, as OpenPGP wants
-// it (RFC 9580 section 5.2.3.3).
+// it (RFC 9580 section 5.2.3.3); EdDSAMessage the message itself, as SSH does
+// (RFC 8709 section 6). Nobody can ask for EdDSAMessage: it is how the gateway signs
+// what it has read as a message that cannot be taken for a digest.
 const (
-	PKCS1v15 Scheme = "rsa-pkcs1v15"
-	PSS      Scheme = "rsa-pss"
-	ECDSA    Scheme = "ecdsa"
-	EdDSA    Scheme = "eddsa"
+	PKCS1v15     Scheme = "rsa-pkcs1v15"
+	PSS          Scheme = "rsa-pss"
+	ECDSA        Scheme = "ecdsa"
+	EdDSA        Scheme = "eddsa"
+	EdDSAMessage Scheme = "eddsa-message"
 )
 
 // schemes lists what each algorithm can do, its usual scheme first.
@@ -81,7 +84,7 @@ func (s Scheme) SaltedOptions(h crypto.Hash, salt int) crypto.SignerOpts {
 			salt = rsa.PSSSaltLengthEqualsHash
 		}
 		return &rsa.PSSOptions{Hash: h, SaltLength: salt}
-	case EdDSA:
+	case EdDSA, EdDSAMessage:
 		return crypto.Hash(0)
 	}
 	return h
@@ -125,9 +128,10 @@ func Verify(pub crypto.PublicKey, s Scheme, h crypto.Hash, digest, sig []byte) e
 // VerifySalted checks a signature as it leaves the gateway: RSA as long as the
 // modulus, ECDSA as r||s of equal width, Ed25519 in 64 bytes. The digest must be
 // one of h, and h one of [Hashes]: crypto/rsa would take any bytes with a hash
-// of 0, and crypto/ecdsa a digest of any length. EdDSA has no use for h.
+// of 0, and crypto/ecdsa a digest of any length. EdDSA and EdDSAMessage have no use for
+// h, and with EdDSAMessage digest is the message.
 func VerifySalted(pub crypto.PublicKey, s Scheme, h crypto.Hash, salt int, digest, sig []byte) error {
-	if s != EdDSA && (HashName(h) == "" || len(digest) != h.Size()) {
+	if s != EdDSA && s != EdDSAMessage && (HashName(h) == "" || len(digest) != h.Size()) {
 		return fmt.Errorf("%d bytes are no digest of a hash that is signed (crypto.Hash %d)", len(digest), h)
 	}
 	switch k := pub.(type) {
@@ -157,7 +161,7 @@ func VerifySalted(pub crypto.PublicKey, s Scheme, h crypto.Hash, salt int, diges
 		}
 		return nil
 	case ed25519.PublicKey:
-		if s != EdDSA {
+		if s != EdDSA && s != EdDSAMessage {
 			break
 		}
 		if !ed25519.Verify(k, digest, sig) {

@@ -34,6 +34,7 @@ type fileRule struct {
 	Blind      bool     `yaml:"blind"`
 	Content    string   `yaml:"content"`
 	Packages   Packages `yaml:"packages"`
+	Namespaces []string `yaml:"namespaces"`
 	Hashes     []string `yaml:"hashes"`
 	NotBefore  string   `yaml:"not_before"`
 	NotAfter   string   `yaml:"not_after"`
@@ -74,7 +75,7 @@ var ruleNameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 func (f fileRule) rule() (Rule, error) {
 	r := Rule{
 		Name: f.Name, Principals: f.Principals, Keys: f.Keys, May: f.May,
-		Formats: f.Formats, Blind: f.Blind, Content: f.Content, Packages: f.Packages, Hashes: f.Hashes,
+		Formats: f.Formats, Blind: f.Blind, Content: f.content(), Packages: f.Packages, Namespaces: f.Namespaces, Hashes: f.Hashes,
 	}
 	if !ruleNameRE.MatchString(f.Name) {
 		return r, errors.New("name: use a letter or digit, then up to 63 letters, digits, '.', '_' or '-'")
@@ -114,8 +115,8 @@ func (f fileRule) rule() (Rule, error) {
 // where the rule does not give sign, since they would promise nothing.
 func (f fileRule) checkSign() error {
 	if !slices.Contains(f.May, Sign) {
-		if len(f.Formats) > 0 || f.Blind || f.Content != "" || f.hasPackages() || len(f.Hashes) > 0 || f.Rate != "" {
-			return errors.New("formats, blind, content, packages, hashes and rate mean something only with may: [sign]")
+		if len(f.Formats) > 0 || f.Blind || f.Content != "" || f.hasPackages() || f.Namespaces != nil || len(f.Hashes) > 0 || f.Rate != "" {
+			return errors.New("formats, blind, content, packages, namespaces, hashes and rate mean something only with may: [sign]")
 		}
 		return nil
 	}
@@ -138,19 +139,39 @@ func (f fileRule) checkSign() error {
 	return nil
 }
 
+// content is what the rule decides on: namespaces say it by themselves.
+func (f fileRule) content() string {
+	if f.Content == "" && f.Namespaces != nil {
+		return SSHSig
+	}
+	return f.Content
+}
+
 // checkContent checks what a rule says of what the gateway reads.
 func (f fileRule) checkContent() error {
+	content := f.content()
 	switch {
-	case f.Content == "" && f.hasPackages():
+	case content != "rpm" && f.hasPackages():
 		return errors.New("packages: only with content: rpm does the gateway know what package it signs")
-	case f.Content == "":
+	case content == "":
 		return nil
-	case !slices.Contains(ContentFormats, f.Content):
-		return fmt.Errorf("content: the gateway reads %s, not %q", strings.Join(ContentFormats, ", "), f.Content)
+	case !slices.Contains(ContentFormats, content):
+		return fmt.Errorf("content: the gateway reads %s, not %q", strings.Join(ContentFormats, ", "), content)
+	case content != SSHSig && f.Namespaces != nil:
+		return fmt.Errorf("namespaces: they are of ssh-sig, and the rule is for content: %s", content)
+	case f.Blind && f.Content == "":
+		return errors.New("blind: a rule with namespaces refuses bare digests")
 	case f.Blind:
 		return errors.New("blind: a rule with content refuses bare digests")
-	case len(f.Formats) != 1 || f.Formats[0] != f.Content:
-		return fmt.Errorf("formats: with content: %s it is [%[1]s]", f.Content)
+	case (len(f.Formats) != 1 || f.Formats[0] != content) && f.Content == "":
+		return errors.New("formats: with namespaces it is [ssh-sig]")
+	case len(f.Formats) != 1 || f.Formats[0] != content:
+		return fmt.Errorf("formats: with content: %s it is [%[1]s]", content)
+	}
+	if f.Namespaces != nil {
+		if err := checkPatterns("namespaces", f.Namespaces); err != nil {
+			return err
+		}
 	}
 	for _, p := range f.Packages.parts(&Package{}) {
 		if p.patterns == nil {

@@ -33,7 +33,54 @@ var Formats = []string{
 
 // ContentFormats are the formats whose content the gateway can read, and so
 // decide on: a request may carry what is hashed in place of a digest.
-var ContentFormats = []string{"rpm"}
+var ContentFormats = []string{"rpm", SSHSig, SSHAuth}
+
+// The formats of SSH: signatures of ssh-keygen -Y sign, and so of git, and logins.
+const (
+	SSHSig  = "ssh-sig"
+	SSHAuth = "ssh-auth"
+)
+
+// Content is what the gateway itself has read of a message: no claim. What it
+// holds depends on the message's format.
+type Content struct {
+	Package   *Package // rpm
+	Namespace string   // ssh-sig
+	User      string   // ssh-auth: who is to be logged in
+}
+
+// Check refuses content that is not of that format, or whose names could not be
+// told from another's where they are written.
+func (c *Content) Check(format string) error {
+	switch format {
+	case "rpm":
+		if c.Package == nil || *c != (Content{Package: c.Package}) {
+			break
+		}
+		return c.Package.Check()
+	case SSHSig:
+		if c.Namespace == "" || *c != (Content{Namespace: c.Namespace}) {
+			break
+		}
+		return checkText("its namespace", c.Namespace)
+	case SSHAuth:
+		if c.User == "" || *c != (Content{User: c.User}) {
+			break
+		}
+		return checkText("its user", c.User)
+	}
+	return fmt.Errorf("what was read is no content of format %q", format)
+}
+
+func checkText(what, s string) error {
+	if len(s) > MaxPart {
+		return fmt.Errorf("%s has %d bytes; at most %d are read", what, len(s), MaxPart)
+	}
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
+		return fmt.Errorf("%s, %q, is no text", what, s)
+	}
+	return nil
+}
 
 // Package is what the gateway itself has read of an RPM package: no claim.
 type Package struct {
@@ -50,19 +97,16 @@ func (p *Package) String() string {
 	return fmt.Sprintf("%s-%s%s-%s.%s", p.Name, epoch, p.Version, p.Release, p.Arch)
 }
 
-// MaxPart bounds each part of a Package, in bytes. rpm has no bound; names of
-// files have this one.
+// MaxPart bounds each part of a Package, a namespace and a user, in bytes. rpm has
+// no bound; names of files have this one.
 const MaxPart = 255
 
 // Check refuses a package whose name could not be told from another's where it
 // is written: a part that is too long, is not UTF-8, or has control characters.
 func (p *Package) Check() error {
 	for _, s := range []string{p.Name, p.Epoch, p.Version, p.Release, p.Arch, p.Vendor} {
-		if len(s) > MaxPart {
-			return fmt.Errorf("a part of its name has %d bytes; at most %d are read", len(s), MaxPart)
-		}
-		if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
-			return fmt.Errorf("a part of its name, %q, is no text", s)
+		if err := checkText("a part of its name", s); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -110,16 +154,19 @@ type Rule struct {
 	// Keys are exact names or globs.
 	Keys []string
 	May  []Action
-	// Formats that may be signed, or "*". Needed with Sign.
+	// Formats that may be signed, or "*", which is all but ssh-auth: who may sign
+	// anything is not to be logged in anywhere unless that is said. Needed with Sign.
 	Formats []string
 	// Blind allows to sign a digest that arrives without the bytes it was made of.
 	// The gateway then has only the caller's word for its format. A rule without
 	// Blind allows what the gateway reads, of ContentFormats.
 	Blind bool
 	// Content, one of ContentFormats, says that the gateway must have read what
-	// is signed, and that Packages holds for it. Empty: neither.
+	// is signed, and that Packages and Namespaces hold for it. Empty: neither.
 	Content  string
 	Packages Packages
+	// Namespaces of ssh-sig, by exact names or globs; empty: any.
+	Namespaces []string
 	// Hashes that may have made the digest; empty: all that are signed at all.
 	Hashes []string
 	// NotBefore and NotAfter bound when the rule holds; zero: unbounded.
@@ -156,7 +203,7 @@ type Query struct {
 	Format  string
 	Blind   bool     // the digest is bare: nothing was read of what it is of
 	Hash    string   // as in Rule.Hashes
-	Package *Package // what was read, with the format rpm
+	Content *Content // what was read; nil: nothing
 }
 
 // Decision is the answer to a Query.
@@ -290,7 +337,7 @@ const (
 	passedFormat
 	passedHash
 	passedBlind
-	passedPackage
+	passedContent
 	allowed
 )
 
@@ -317,26 +364,39 @@ func (r *Rule) refuses(q Query) match {
 			return match{passedAction, fmt.Sprintf("does not allow the format %q; it allows %s", q.Format, strings.Join(r.Formats, ", "))}
 		case len(r.Hashes) > 0 && !slices.Contains(r.Hashes, q.Hash):
 			return match{passedFormat, fmt.Sprintf("does not allow the hash %s; it allows %s", q.Hash, strings.Join(r.Hashes, ", "))}
-		case r.Content != "" && (q.Blind || q.Package == nil):
+		case r.Content != "" && (q.Blind || q.Content == nil):
 			return match{passedBlind, fmt.Sprintf("does not allow bare digests: it decides on what the gateway reads (content: %s)", r.Content)}
 		case q.Blind && !r.Blind:
 			return match{passedHash, "does not allow bare digests (blind: true)"}
-		case q.Package != nil:
-			for _, p := range r.Packages.parts(q.Package) {
-				if len(p.patterns) > 0 && !matches(p.patterns, p.value) {
-					return match{passedBlind, fmt.Sprintf("is not for this package: its %s are %s, not %q", p.field, strings.Join(p.patterns, ", "), p.value)}
-				}
+		case q.Content != nil:
+			if text := r.refusesContent(q.Content); text != "" {
+				return match{passedBlind, text}
 			}
 		}
 	}
 	if !r.holds(q.Now) {
-		return match{passedPackage, fmt.Sprintf("holds only %s", r.window())}
+		return match{passedContent, fmt.Sprintf("holds only %s", r.window())}
 	}
 	return match{allowed, ""}
 }
 
+// refusesContent tells why the rule is not for what was read; "": it is.
+func (r *Rule) refusesContent(c *Content) string {
+	if c.Package != nil {
+		for _, p := range r.Packages.parts(c.Package) {
+			if len(p.patterns) > 0 && !matches(p.patterns, p.value) {
+				return fmt.Sprintf("is not for this package: its %s are %s, not %q", p.field, strings.Join(p.patterns, ", "), p.value)
+			}
+		}
+	}
+	if len(r.Namespaces) > 0 && !matches(r.Namespaces, c.Namespace) {
+		return fmt.Sprintf("is not for this namespace: its namespaces are %s, not %q", strings.Join(r.Namespaces, ", "), c.Namespace)
+	}
+	return ""
+}
+
 func (r *Rule) allowsFormat(f string) bool {
-	return slices.Contains(r.Formats, "*") || slices.Contains(r.Formats, f)
+	return slices.Contains(r.Formats, f) || f != SSHAuth && slices.Contains(r.Formats, "*")
 }
 
 func (r *Rule) holds(now time.Time) bool {

@@ -24,6 +24,7 @@ type ruleOf struct {
 	blind                                  bool
 	content                                bool                // content: rpm, and formats: [rpm]
 	packages                               map[string][]string // by field
+	namespaces                             []string            // with formats: [ssh-sig]
 	from, until                            int                 // hours after epoch; 0: unbounded
 }
 
@@ -36,7 +37,7 @@ func (r ruleOf) yaml(name string) string {
 	}
 	s := "- name: " + name + "\n" + list("principals", r.principals) + list("keys", r.keys) + list("may", r.may)
 	if slices.Contains(r.may, "sign") {
-		s += list("formats", r.formats) + list("hashes", r.hashes) + fmt.Sprintf("  blind: %v\n", r.blind)
+		s += list("formats", r.formats) + list("hashes", r.hashes) + list("namespaces", r.namespaces) + fmt.Sprintf("  blind: %v\n", r.blind)
 		if r.content {
 			s += "  content: rpm\n  packages:\n"
 			for _, f := range slices.Sorted(maps.Keys(r.packages)) {
@@ -64,7 +65,7 @@ func (r ruleOf) inTime(hour int) bool {
 	return (r.from == 0 || hour >= r.from) && (r.until == 0 || hour <= r.until)
 }
 
-func (r ruleOf) allows(who, key, action, format, hash string, blind bool, p *policy.Package, hour int) bool {
+func (r ruleOf) allows(who, key, action, format, hash string, blind bool, p *policy.Package, namespace string, hour int) bool {
 	if !r.named(who, key) || !r.inTime(hour) || !slices.Contains(r.may, action) {
 		return false
 	}
@@ -84,8 +85,14 @@ func (r ruleOf) allows(who, key, action, format, hash string, blind bool, p *pol
 			return false
 		}
 	}
-	return (slices.Contains(r.formats, "*") || slices.Contains(r.formats, format)) &&
-		(len(r.hashes) == 0 || slices.Contains(r.hashes, hash)) && (r.blind || !blind)
+	if r.namespaces != nil && (blind || !hits(r.namespaces, namespace)) {
+		return false
+	}
+	return r.allowsFormat(format) && (len(r.hashes) == 0 || slices.Contains(r.hashes, hash)) && (r.blind || !blind)
+}
+
+func (r ruleOf) allowsFormat(f string) bool {
+	return slices.Contains(r.formats, f) || slices.Contains(r.formats, "*") && f != "ssh-auth"
 }
 
 var compiled = map[string]*regexp.Regexp{}
@@ -128,7 +135,7 @@ func TestMatrix(t *testing.T) {
 				principals: some("alice", "bob", "*", "?", "[ab]*", "spiffe://td/ci/*", "spiffe://td/*", "spiffe://*/ci/build", "spiffe://td/ci/build", "*[^a]*[^a]*[^a]*", "s*:*"),
 				keys:       some("*", "rel-?", "rel-*", "alpha", "[ab]", "[ab]*", "rel-[^a]", "rel-1"),
 				may:        some("sign", "read", "admin"),
-				formats:    some("*", "rpm", "kmod", "cms"),
+				formats:    some("*", "rpm", "kmod", "ssh-sig", "ssh-auth"),
 				blind:      rnd.IntN(2) == 0,
 			}
 			if slices.Contains(r.may, "sign") && rnd.IntN(3) == 0 {
@@ -138,6 +145,9 @@ func TestMatrix(t *testing.T) {
 						r.packages[f] = some("*", "alpha", "rel-*", "[ab]*", "?", "0", "b")
 					}
 				}
+			}
+			if slices.Contains(r.may, "sign") && !r.content && rnd.IntN(3) == 0 {
+				r.blind, r.formats, r.namespaces = false, []string{"ssh-sig"}, some("git", "file", "*", "g*", "[ab]*", "*/x")
 			}
 			if rnd.IntN(2) == 0 {
 				r.hashes = some("sha256", "sha384", "sha512")
@@ -156,19 +166,34 @@ func TestMatrix(t *testing.T) {
 			asked++
 			who, key := whos[rnd.IntN(len(whos))], names[rnd.IntN(len(names))]
 			action := []string{"sign", "sign", "read", "admin", "erase"}[rnd.IntN(5)]
-			format, hash := []string{"rpm", "kmod", "ima", ""}[rnd.IntN(4)], []string{"sha256", "sha512", ""}[rnd.IntN(3)]
+			format, hash := []string{"rpm", "kmod", "ima", "ssh-sig", "ssh-auth", ""}[rnd.IntN(6)], []string{"sha256", "sha512", ""}[rnd.IntN(3)]
 			blind, hour := rnd.IntN(2) == 0, hours[rnd.IntN(len(hours))]
 			q := policy.Query{Principal: who, Key: key, Action: policy.Action(action), Format: format, Hash: hash,
 				Blind: blind, Now: epoch.Add(time.Duration(hour) * time.Hour)}
+			var pkg *policy.Package
 			if format == "rpm" && !blind {
 				part := func() string { return []string{"alpha", "rel-1", "b", "a/b", "0", ""}[rnd.IntN(6)] }
-				q.Package = &policy.Package{Name: part(), Epoch: part(), Version: part(), Release: part(), Arch: part(), Vendor: part()}
+				pkg = &policy.Package{Name: part(), Epoch: part(), Version: part(), Release: part(), Arch: part(), Vendor: part()}
+				q.Content = &policy.Content{Package: pkg}
 			}
-			by := slices.IndexFunc(rules, func(r ruleOf) bool { return r.allows(who, key, action, format, hash, blind, q.Package, hour) })
-			reads := slices.ContainsFunc(rules, func(r ruleOf) bool {
-				return r.named(who, key) && r.inTime(hour) && slices.Contains(r.may, "sign") && !r.blind &&
-					(slices.Contains(r.formats, "*") || slices.Contains(r.formats, "rpm"))
-			})
+			namespace := ""
+			if format == "ssh-sig" && !blind {
+				namespace = []string{"git", "file", "a", "a/x", "other"}[rnd.IntN(5)]
+				q.Content = &policy.Content{Namespace: namespace}
+			}
+			if format == "ssh-auth" && !blind {
+				q.Content = &policy.Content{User: "root"}
+			}
+			by := slices.IndexFunc(rules, func(r ruleOf) bool { return r.allows(who, key, action, format, hash, blind, pkg, namespace, hour) })
+			var reads []string
+			for _, f := range []string{"rpm", "ssh-sig", "ssh-auth"} {
+				if slices.ContainsFunc(rules, func(r ruleOf) bool {
+					return r.named(who, key) && r.inTime(hour) && slices.Contains(r.may, "sign") && !r.blind && r.allowsFormat(f)
+				}) {
+					reads = append(reads, f)
+				}
+			}
+			slices.Sort(reads)
 			sees := slices.ContainsFunc(rules, func(r ruleOf) bool { return r.named(who, key) && r.inTime(hour) })
 			signs := slices.ContainsFunc(rules, func(r ruleOf) bool {
 				return r.named(who, key) && r.inTime(hour) && slices.Contains(r.may, "sign")
@@ -183,7 +208,7 @@ func TestMatrix(t *testing.T) {
 			if got := set.MaySignSome(who, key, q.Now); got != signs || d.Allowed && action == "sign" && !got {
 				t.Fatalf("MaySignSome(%+v) = %v; the oracle says %v, Allow %v, of\n%s", q, got, signs, d.Allowed, source)
 			}
-			if got := slices.Equal(set.Reads(who, key, q.Now), []string{"rpm"}); got != reads {
+			if got := slices.Sorted(slices.Values(set.Reads(who, key, q.Now))); !slices.Equal(got, reads) {
 				t.Fatalf("Reads(%+v) = %v; the oracle says %v, of\n%s", q, got, reads, source)
 			}
 			if set.MayAdministerAll(who, q.Now).Allowed && key != "" {
@@ -243,19 +268,93 @@ func TestPackages(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := good
 			tt.change(&p)
-			q.Package = &p
+			q.Content = &policy.Content{Package: &p}
 			d := r.Allow(q)
 			if d.Allowed != (tt.reason == "") || !strings.Contains(d.Reason, tt.reason) {
 				t.Errorf("%v: %+v; want a reason with %q", &p, d, tt.reason)
 			}
 		})
 	}
-	q.Package, q.Blind = &good, true
+	q.Content, q.Blind = &policy.Content{Package: &good}, true
 	if d := r.Allow(q); d.Allowed {
 		t.Errorf("a bare digest that comes with a package: %+v", d)
 	}
 	if got, want := (&policy.Package{Name: "a", Epoch: "0", Version: "1", Release: "2", Arch: "src"}).String(), "a-0:1-2.src"; got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// What rules say to signatures and logins of SSH.
+func TestSSH(t *testing.T) {
+	const source = `
+rules:
+  - {name: git, principals: [git], keys: [k], may: [sign], formats: [ssh-sig], namespaces: [git, "file*"]}
+  - {name: any, principals: [any], keys: [k], may: [sign], formats: [ssh-sig]}
+  - {name: content, principals: [content], keys: [k], may: [sign], formats: [ssh-sig], content: ssh-sig}
+  - {name: all, principals: [all], keys: [k], may: [sign], formats: ["*"], blind: true}
+  - {name: login, principals: [login], keys: [k], may: [sign], formats: [ssh-auth]}
+`
+	sig := func(namespace string) *policy.Content { return &policy.Content{Namespace: namespace} }
+	login := &policy.Content{User: "root"}
+	tests := []struct {
+		who, format string
+		content     *policy.Content
+		reason      string
+	}{
+		{"git", "ssh-sig", sig("git"), ""},
+		{"git", "ssh-sig", sig("file.x"), ""},
+		{"git", "ssh-sig", sig("files/x"), `its namespaces are git, file*, not "files/x"`},
+		{"git", "ssh-sig", sig("Git"), `not "Git"`},
+		{"git", "ssh-sig", nil, "bare digests: it decides on what the gateway reads (content: ssh-sig)"},
+		{"git", "ssh-auth", login, "does not allow the format"},
+		{"any", "ssh-sig", sig("whatever"), ""},
+		{"any", "ssh-sig", nil, "bare digests (blind: true)"},
+		{"content", "ssh-sig", sig("whatever"), ""},
+		{"content", "ssh-sig", nil, "content: ssh-sig"},
+		{"all", "ssh-sig", sig("whatever"), ""},
+		{"all", "ssh-sig", nil, ""},
+		{"all", "ssh-auth", login, `does not allow the format "ssh-auth"; it allows *`},
+		{"all", "ssh-auth", nil, "does not allow the format"},
+		{"login", "ssh-auth", login, ""},
+		{"login", "ssh-auth", nil, "bare digests"},
+		{"login", "ssh-sig", sig("git"), "does not allow the format"},
+	}
+	r := parse(t, source)
+	for _, tt := range tests {
+		d := r.Allow(policy.Query{Principal: tt.who, Key: "k", Action: policy.Sign, Format: tt.format, Hash: "sha512", Blind: tt.content == nil, Content: tt.content})
+		if d.Allowed != (tt.reason == "") || !strings.Contains(d.Reason, tt.reason) {
+			t.Errorf("%s, %s, %+v: %+v; want a reason with %q", tt.who, tt.format, tt.content, d, tt.reason)
+		}
+	}
+}
+
+// Content is of its format, and text.
+func TestContentCheck(t *testing.T) {
+	pkg := &policy.Package{Name: "a"}
+	for _, tt := range []struct {
+		format string
+		c      policy.Content
+		want   string
+	}{
+		{"rpm", policy.Content{Package: pkg}, ""},
+		{"rpm", policy.Content{}, "no content"},
+		{"rpm", policy.Content{Package: pkg, Namespace: "git"}, "no content"},
+		{"rpm", policy.Content{Package: &policy.Package{Name: "a\n"}}, "no text"},
+		{"ssh-sig", policy.Content{Namespace: "git"}, ""},
+		{"ssh-sig", policy.Content{}, "no content"},
+		{"ssh-sig", policy.Content{Namespace: "git", User: "root"}, "no content"},
+		{"ssh-sig", policy.Content{Namespace: "git\x1b"}, "no text"},
+		{"ssh-sig", policy.Content{Namespace: "\xff"}, "no text"},
+		{"ssh-sig", policy.Content{Namespace: strings.Repeat("n", 256)}, "256 bytes"},
+		{"ssh-auth", policy.Content{User: "root"}, ""},
+		{"ssh-auth", policy.Content{Namespace: "git"}, "no content"},
+		{"ssh-auth", policy.Content{User: "ro\x00t"}, "no text"},
+		{"kmod", policy.Content{Namespace: "git"}, "no content"},
+	} {
+		err := tt.c.Check(tt.format)
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s, %+v: %v; want %q", tt.format, tt.c, err, tt.want)
+		}
 	}
 }
 
