@@ -155,15 +155,17 @@ func TestContexts(t *testing.T) {
 	}
 	checkSignature(t, s, k, third.ID, third.Hash, third.Digest, got.sig)
 	// What was given up is signed once, and can be had under its id.
-	again := clientRequest("k", "canceled")
-	sig, err := cl.Sign(t.Context(), again)
-	for errors.Is(err, sigerr.Conflict) { // its answer is still on its way
-		sig, err = cl.Sign(t.Context(), again)
+	for _, id := range []string{"canceled", "late"} {
+		again := clientRequest("k", id)
+		sig, err := cl.Sign(t.Context(), again)
+		for errors.Is(err, sigerr.Conflict) { // its answer is still on its way
+			sig, err = cl.Sign(t.Context(), again)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkSignature(t, s, k, again.ID, again.Hash, again.Digest, sig)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	checkSignature(t, s, k, again.ID, again.Hash, again.Digest, sig)
 	if rows := signed(t, f); rows["canceled"] != 1 || rows["late"] != 1 || rows["no-place"] != 0 || s.Token.Signs() != 3 {
 		t.Errorf("recorded %v, and %d signatures", rows, s.Token.Signs())
 	}
