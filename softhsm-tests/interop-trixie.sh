@@ -3,7 +3,7 @@
 # through its gpg-agent backend, in a tree made by debootstrap. The gateway and its
 # token are this machine's. Ends non-zero if any signature is not made or not accepted.
 #
-# Wants root, debootstrap, bin/ built, and some 430 MB; the tree is kept for the next
+# Wants root, debootstrap, bin/ built, and some 900 MB; the tree is kept for the next
 # time (TRIXIE_TREE names another place, DEBIAN_MIRROR another mirror).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,16 +14,32 @@ if [ "$(id -u)" != 0 ]; then
     echo "interop-trixie: wants root, for a chroot" >&2
     exit 1
 fi
-if [ ! -e "$tree/usr/bin/sq" ] || [ ! -e "$tree/usr/bin/rpmsign" ]; then
+# The tools of PKCS#11 are installed by the tree's own apt: debootstrap resolves too little
+# for them. linux-kbuild is the one of the release's kernel.
+packages="gpg gpgconf gpgsm rpm sq git openssl p11-kit p11-kit-modules pkcs11-provider libengine-pkcs11-openssl
+sbsigntool osslsigncode systemd-ukify systemd-boot-tools systemd-boot-efi kmod gcc libc6-dev"
+ready=$tree/.packages
+if [ "$(cat "$ready" 2>/dev/null)" != "$packages" ]; then
     command -v debootstrap >/dev/null || {
         echo "interop-trixie: debootstrap is missing: apt-get install debootstrap" >&2
         exit 1
     }
-    rm -rf "$tree.new"
-    mkdir -p "$tree.new"
-    debootstrap --variant=minbase --include=gpg,gpgconf,gpgsm,rpm,sq,git,openssl trixie "$tree.new" "$mirror"
-    rm -rf "$tree"
-    mv "$tree.new" "$tree"
+    if [ ! -e "$tree/etc/debian_version" ]; then
+        rm -rf "$tree.new"
+        mkdir -p "$tree.new"
+        debootstrap --variant=minbase trixie "$tree.new" "$mirror"
+        rm -rf "$tree"
+        mv "$tree.new" "$tree"
+    fi
+    cp /etc/resolv.conf "$tree/etc/resolv.conf"
+    printf '#!/bin/sh\nexit 101\n' >"$tree/usr/sbin/policy-rc.d" # nothing is started there
+    chmod +x "$tree/usr/sbin/policy-rc.d"
+    # shellcheck disable=SC2016,SC2086 # expanded in the tree; a list of words
+    DEBIAN_FRONTEND=noninteractive LC_ALL=C chroot "$tree" sh -ec '
+        apt-get update -q >/dev/null
+        kbuild=$(apt-cache search --names-only "^linux-kbuild-6[0-9.]*(\+deb13)?$" | cut -d" " -f1 | sort -V | head -n 1)
+        apt-get install -q -y --no-install-recommends "$@" "${kbuild:?no linux-kbuild}" >/dev/null' sh $packages
+    printf '%s\n' "$packages" >"$ready"
 fi
 # Mounts of its own: they go with the last process, whatever happens.
 [ "${IN_NAMESPACE:-}" = yes ] || IN_NAMESPACE=yes TRIXIE_TREE=$tree exec unshare -m "$PWD/softhsm-tests/interop-trixie.sh"
