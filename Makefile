@@ -79,7 +79,8 @@ bench: deps
 soak: deps
 	$(GO) test -tags soak -count=1 -timeout 10m -run TestAgentLoad -v ./softhsm-tests
 
-# The agent with gpg 2.4, rpm 4.20 and sq 1.3, in a Debian 13 tree; wants root and debootstrap.
+# The agent with gpg 2.4, rpm 4.20 and sq 1.3, and PKCS#11 tools by OpenSSL's provider, in a
+# Debian 13 tree; wants root and debootstrap.
 interop-trixie: deps build
 	softhsm-tests/interop-trixie.sh
 
