@@ -70,3 +70,17 @@ for f in sbsign systemd-sbsign osslsigncode ukify-sbsign ukify-systemd-sbsign; d
 done
 ! sbverify --cert boot.pem $image >verify.out 2>&1 || { printf 'FAIL sbverify accepts the unsigned image\n'; exit 1; }
 printf 'ok   sbsign, systemd-sbsign, osslsigncode, ukify by both: sbverify and signwarden verify\n'
+
+# What setup --p11 writes for the provider: OpenSSL takes the key with no option at all.
+signwarden agent setup --p11 2>setup.out || { cat setup.out; printf 'FAIL agent setup --p11\n'; exit 1; }
+signwarden agent --p11-socket /mnt/p11socket 2>agent.out &
+agent=$!
+trap 'kill $agent' EXIT
+for _ in $(seq 100); do [ -S p11socket ] || sleep 0.1; done
+P11_KIT_SERVER_ADDRESS=unix:path=/mnt/p11socket OPENSSL_CONF=$HOME/.config/signwarden/openssl-provider.cnf \
+    openssl cms -sign -binary -inkey "$key" -signer boot.pem -in file -outform der -out setup.p7 2>setup.err || { cat setup.err agent.out; printf 'FAIL openssl by openssl-provider.cnf\n'; exit 1; }
+accepted "openssl by openssl-provider.cnf" openssl cms -verify -binary -inform der -in setup.p7 -content file -CAfile boot.pem -purpose any -out verified
+p11-kit list-modules | grep -q '^module: signwarden' || { p11-kit list-modules; printf 'FAIL p11-kit list-modules\n'; exit 1; }
+signwarden agent setup --p11 --remove 2>setup.out
+[ ! -e /etc/pkcs11/modules/signwarden.module ] && [ ! -e "$HOME/.config/signwarden" ] || { cat setup.out; printf 'FAIL --remove\n'; exit 1; }
+printf 'ok   agent setup --p11: openssl by openssl-provider.cnf, p11-kit\n'
