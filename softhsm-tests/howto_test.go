@@ -80,7 +80,9 @@ func TestHowto(t *testing.T) {
 			s.host(t, "openssl", "x509", "-in", cert, "-noout", "-pubkey", "-out", s.at("pub"))
 			s.host(t, "openssl", "dgst", "-sha256", "-verify", s.at("pub"), "-signature", s.at("file.sig"), s.at("file"))
 		},
-		"sign-file":    func(t *testing.T) { s.gateway.must(t, "signwarden", "verify", "kmod", "--cert", cert, s.at("module.ko")) },
+		"sign-file": func(t *testing.T) {
+			s.gateway.must(t, "signwarden", "verify", "kmod", "--cert", cert, s.at("module.ko"))
+		},
 		"sbsign":       sbverify,
 		"pesign":       sbverify,
 		"osslsigncode": sbverify,

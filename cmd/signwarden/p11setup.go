@@ -282,5 +282,14 @@ func opensslDirectories(env []string) map[string]string {
 	for _, m := range opensslDirs.FindAllStringSubmatch(string(out), -1) {
 		dirs[m[1]] = m[2]
 	}
+	// What these say goes before what OpenSSL was built with, and it does not tell.
+	for _, v := range env {
+		switch name, dir, _ := strings.Cut(v, "="); name {
+		case "OPENSSL_ENGINES":
+			dirs["ENGINESDIR"] = dir
+		case "OPENSSL_MODULES":
+			dirs["MODULESDIR"] = dir
+		}
+	}
 	return dirs
 }
