@@ -44,7 +44,7 @@ hostile:
 	$(GO) test -run 'Mutat' ./formats/...
 
 # End to end. -count=1: it drives programs that the test cache does not see.
-softhsm:
+softhsm: .cache/sign-file/sign-file.c
 	$(GO) test -count=1 -timeout 20m ./softhsm-tests/...
 
 # The committed code is what the .proto files generate, and they are clean.
@@ -64,6 +64,9 @@ generate: .cache/googleapis
 	cp "$$(sed -n 's/.*"Dir": "\(.*\)".*/\1/p' .cache/googleapis.json)/google/rpc/status.proto" $@/google/rpc/
 	chmod u+w $@/google/rpc/status.proto
 
+.cache/sign-file/sign-file.c:
+	softhsm-tests/sign-file-source.sh $(@D)
+
 # Kills, at random moments, of clients and gateways.
 chaos: deps
 	$(GO) test -tags chaos -count=1 -timeout 30m -run TestChaos -v ./softhsm-tests
@@ -76,13 +79,14 @@ bench: deps
 soak: deps
 	$(GO) test -tags soak -count=1 -timeout 10m -run TestAgentLoad -v ./softhsm-tests
 
-# The agent with gpg 2.4, rpm 4.20 and sq 1.3, in a Debian 13 tree; wants root and debootstrap.
+# The agent with gpg 2.4, rpm 4.20 and sq 1.3, and PKCS#11 tools by OpenSSL's provider, in a
+# Debian 13 tree; wants root and debootstrap.
 interop-trixie: deps build
 	softhsm-tests/interop-trixie.sh
 
 # The kernel modules and EFI images of the distribution, unpacked and not installed,
 # packages with every compressor, and 40,000 damaged files through a gateway.
-corpus: deps
+corpus: deps .cache/sign-file/sign-file.c
 	softhsm-tests/corpus.sh .cache/corpus
 	SIGNWARDEN_CORPUS=$(CURDIR)/.cache/corpus/root \
 	$(GO) test -tags corpus -count=1 -timeout 60m -run 'Corpus|HostileFiles' -v ./formats/... ./softhsm-tests \

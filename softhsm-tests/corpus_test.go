@@ -84,6 +84,35 @@ func TestCorpusKMod(t *testing.T) {
 	t.Logf("%d modules signed with RSA-2048 in %v, %.0f/s, and verified by openssl and modinfo", len(from), took.Round(time.Millisecond), float64(len(from))/took.Seconds())
 }
 
+// 300 of the distribution's own modules, by the kernel's sign-file through the PKCS#11 socket.
+func TestCorpusSignFile(t *testing.T) {
+	s := newP11Site(t)
+	signFile := signFileByEngine(t, s.dir)
+	n := 0
+	dir, from := gather(t, func(path string) bool {
+		if !strings.HasSuffix(path, ".ko") || n == 300 {
+			return false
+		}
+		n++
+		return true
+	})
+	before := map[string][]byte{}
+	for to := range from {
+		b := readFile(t, to)
+		info, err := kmod.Inspect(bytes.NewReader(b), int64(len(b)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		before[to] = b[:info.Size]
+		writeFile(t, to, string(b[:info.Size])) // sign-file puts a second signature behind a first
+	}
+	if len(from) != 300 {
+		t.Fatalf("%d modules under %s", len(from), corpusRoot(t))
+	}
+	s.exec(t, "sh", "-ec", `for m in "$2"/*.ko; do "$0" sha256 pkcs11:object=kmod "$1" "$m"; done`, signFile, s.at("kmod.pem"), dir)
+	s.signedModules(t, s.at("kmod.pem"), "kmod", before)
+}
+
 // All EFI images in one run, through the gateway, by sbverify; osslsigncode where
 // ours is the only signature; then sbsign's beside ours, and ours detached.
 func TestCorpusEFI(t *testing.T) {

@@ -86,3 +86,4 @@ for k in rsa4096 p256 ed25519; do
     sq verify --signer-file $k.asc --signature-file $k.sq file >/dev/null 2>&1 || fail "sq: its own signature, $k"
 done
 ok "sq: lists five keys of its gpg-agent backend, and signs with three; gpg and sq verify"
+sh /mnt/interop-p11.sh

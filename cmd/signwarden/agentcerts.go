@@ -130,12 +130,12 @@ func (s *setup) importX509(all []client.Key) error {
 	var told []string
 	for _, k := range all {
 		for _, c := range k.X509 {
-			fpr := fmt.Sprintf("%X", sha1.Sum(c.Raw))
+			fpr := x509Fingerprint(c.Raw)
 			if !there[fpr] && !slices.Contains(s.done.X509, fpr) {
 				s.done.X509 = append(s.done.X509, fpr)
 			}
 		}
-		line := fmt.Sprintf("%s: X.509 certificate %X of %s", k.Name, sha1.Sum(k.X509[0].Raw), k.X509[0].Subject)
+		line := fmt.Sprintf("%s: X.509 certificate %s of %s", k.Name, x509Fingerprint(k.X509[0].Raw), k.X509[0].Subject)
 		if root := k.X509[len(k.X509)-1]; len(k.X509) > 1 || !bytes.Equal(root.RawSubject, root.RawIssuer) {
 			line += "; gpgsm signs with it only if the agent has its root: --trusted-root FILE"
 		}
@@ -221,3 +221,6 @@ func (s *setup) ownertrust() (map[string]string, error) {
 	}
 	return trust, nil
 }
+
+// x509Fingerprint is what gpgsm names a certificate by.
+func x509Fingerprint(der []byte) string { return fmt.Sprintf("%X", sha1.Sum(der)) }

@@ -57,7 +57,7 @@ type setup struct {
 }
 
 func (a *app) agentSetupCommand() *cobra.Command {
-	var remove, force bool
+	var remove, force, p11 bool
 	c := &cobra.Command{
 		Use:   "setup",
 		Short: "Make a GNUPGHOME ready for the agent, or take that back",
@@ -68,10 +68,22 @@ did:
   the certificates of the keys that you may sign with, OpenPGP ones with ownertrust
   gpg-agent's systemd user units are masked, where the GNUPGHOME is the one they serve
 
+With --p11 it makes nothing of GnuPG's ready, but PKCS#11:
+
+  p11-kit's module file, ~/.config/pkcs11/modules/signwarden.module (for root, that of the
+  system): programs of p11-kit run signwarden p11 --stdio and see the token
+  ~/.config/signwarden/openssl-engine.cnf and openssl-provider.cnf: the OpenSSL
+  configuration in use and, besides, libp11's engine or pkcs11-provider
+
+A file that it has not made, or that has been changed since, is never written over.
+
 Run it again when there are new keys. --remove takes back what it did, and nothing
 else: what was there before stays.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if p11 {
+				return a.setupP11(cmd.Context(), remove)
+			}
 			s, err := a.openSetup()
 			if err != nil {
 				return err
@@ -83,8 +95,21 @@ else: what was there before stays.`,
 		},
 	}
 	c.Flags().BoolVar(&remove, "remove", false, "take back what setup did")
+	c.Flags().BoolVar(&p11, "p11", false, "set PKCS#11 up, and not GnuPG")
 	c.Flags().BoolVar(&force, "force", false, "even where the GNUPGHOME has secret keys of its own")
+	c.MarkFlagsMutuallyExclusive("p11", "force")
 	return c
+}
+
+func (a *app) setupP11(ctx context.Context, remove bool) error {
+	s, err := a.openP11Setup()
+	if err != nil {
+		return err
+	}
+	if remove {
+		return s.remove()
+	}
+	return a.with(func(c *client.Client) error { return s.run(ctx, c) })
 }
 
 // openSetup reads what earlier runs have done.

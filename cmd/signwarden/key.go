@@ -269,20 +269,29 @@ func (a *app) keyList() *cobra.Command {
 }
 
 func (a *app) keyShow() *cobra.Command {
-	return &cobra.Command{
+	var how bool
+	c := &cobra.Command{
 		Use:   "show NAME",
 		Short: "Tell of one key",
-		Args:  cobra.ExactArgs(1),
+		Long: `show tells of one key. With --howto it prints the command lines of the tools that can
+sign with it, by its algorithm, its certificates and what the rules let you do, to be
+copied; and for the other tools why not.`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			return a.with(func(c *client.Client) error {
 				k, err := c.Key(cmd.Context(), argv[0])
 				if err != nil {
 					return err
 				}
+				if how {
+					return a.howto(cmd.Context(), c, k)
+				}
 				return a.printKey(k)
 			})
 		},
 	}
+	c.Flags().BoolVar(&how, "howto", false, "print each tool's command line for the key")
+	return c
 }
 
 func (a *app) keyState(verb string, to keys.State) *cobra.Command {

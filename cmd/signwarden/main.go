@@ -98,7 +98,7 @@ verify, 4 denied, 5 the gateway is unavailable, 6 some of several files failed.`
 	root.PersistentFlags().StringVar(&a.profile, "profile", "", "client profile (default: $SIGNWARDEN_PROFILE, or $XDG_CONFIG_HOME/signwarden/client.yaml)")
 	root.PersistentFlags().StringVarP(&a.format, "output-format", "o", "table", "how data is printed: table, json, or jsonl for a line a file")
 	root.AddCommand(a.pingCommand(), a.keyCommand(), a.policyCommand(), a.signCommand(), a.verifyCommand(), a.agentCommand(),
-		a.p11Command(), a.execCommand(), a.auditCommand(), a.benchCommand())
+		a.p11Command(), a.execCommand(), a.doctorCommand(), a.auditCommand(), a.benchCommand())
 	return root
 }
 

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -79,28 +78,30 @@ func p11Module() string {
 	return ""
 }
 
+// installModule says where p11Module comes from.
+const installModule = "apt-get install p11-kit-modules, or dnf install p11-kit-server"
+
 var (
-	opensslDirs = regexp.MustCompile(`(OPENSSLDIR|ENGINESDIR): "([^"]*)"`)
+	opensslDirs = regexp.MustCompile(`(OPENSSLDIR|ENGINESDIR|MODULESDIR): "([^"]*)"`)
 	sectionLine = regexp.MustCompile(`^\s*\[\s*([^]\s]+)\s*\]`)
-	valueLine   = regexp.MustCompile(`^\s*(openssl_conf|engines)\s*=\s*([^\s#;]+)`)
+	valueLine   = regexp.MustCompile(`^\s*(openssl_conf|engines|providers)\s*=\s*([^\s#;]+)`)
 )
 
 // engineConf is an OpenSSL configuration with libp11's engine, on top of the one in use.
 // It is nil where OpenSSL or the engine is not installed, or the configuration cannot
 // be added to.
 func engineConf(module string, env []string) ([]byte, error) {
-	cmd := exec.Command("openssl", "version", "-d", "-e")
-	cmd.Env = env
-	out, err := cmd.Output()
-	if err != nil {
-		return nil, nil // there is no OpenSSL to configure
-	}
-	dirs := map[string]string{}
-	for _, m := range opensslDirs.FindAllStringSubmatch(string(out), -1) {
-		dirs[m[1]] = m[2]
-	}
-	if _, err := os.Stat(filepath.Join(dirs["ENGINESDIR"], "pkcs11.so")); err != nil {
-		return nil, nil
+	engine, _, err := opensslConfs(module, env)
+	return engine, err
+}
+
+// opensslConfs are configurations with libp11's engine, and with pkcs11-provider, on top of
+// the one in use. One is nil where it is not installed, or the configuration cannot be
+// added to.
+func opensslConfs(module string, env []string) (engine, provider []byte, err error) {
+	dirs := opensslDirectories(env)
+	if dirs == nil {
+		return nil, nil, nil
 	}
 	base := filepath.Join(dirs["OPENSSLDIR"], "openssl.cnf")
 	for _, v := range env {
@@ -108,45 +109,73 @@ func engineConf(module string, env []string) ([]byte, error) {
 			base = path
 		}
 	}
-	base, err = filepath.Abs(base)
-	if err != nil {
-		return nil, err
+	if base, err = filepath.Abs(base); err != nil {
+		return nil, nil, err
 	}
 	text, err := os.ReadFile(base)
 	if err != nil {
 		text, base = nil, "" // OpenSSL goes without, too
 	}
-	return addEngine(text, base, module), nil
+	if _, err := os.Stat(filepath.Join(dirs["ENGINESDIR"], "pkcs11.so")); err == nil {
+		engine = addEngine(text, base, module)
+	}
+	so := filepath.Join(dirs["MODULESDIR"], "pkcs11.so")
+	if _, err := os.Stat(so); err == nil {
+		provider = addProvider(text, base, module, so)
+	}
+	return engine, provider, nil
 }
 
 // addEngine writes a configuration that includes the one at base, whose text is given, and
 // has the engine besides.
 func addEngine(text []byte, base, module string) []byte {
-	initial, engines := readConf(text)
-	if strings.ContainsAny(initial+engines+module+base, "$\"'\\\n") {
-		return nil // what OpenSSL would make of these is not for us to guess
-	}
-	var b bytes.Buffer
-	fmt.Fprintln(&b, "# Made by signwarden for one command.")
-	if base != "" {
-		fmt.Fprintf(&b, ".include %s\n", base)
-	}
-	if initial == "" {
-		initial = "signwarden_init"
-		fmt.Fprintf(&b, "[default]\nopenssl_conf = %s\n", initial)
-	}
-	if engines == "" {
-		engines = "signwarden_engines"
-		fmt.Fprintf(&b, "[%s]\nengines = %s\n", initial, engines)
+	b, section := addTo(text, base, "engines", module)
+	if b == nil {
+		return nil
 	}
 	// init = 0: the module is loaded when a key of it is named, and not before.
-	fmt.Fprintf(&b, "[%s]\npkcs11 = signwarden_pkcs11\n[signwarden_pkcs11]\nengine_id = pkcs11\nMODULE_PATH = %s\ninit = 0\n", engines, module)
+	fmt.Fprintf(b, "[%s]\npkcs11 = signwarden_pkcs11\n[signwarden_pkcs11]\nengine_id = pkcs11\nMODULE_PATH = %s\ninit = 0\n", section, module)
 	return b.Bytes()
 }
 
-// readConf finds the section that initialises OpenSSL, and that of its engines. Files that
-// the configuration includes are not looked into.
-func readConf(text []byte) (initial, engines string) {
+// addProvider does so with the provider at so. The default provider is not there by itself
+// any more where another one is.
+func addProvider(text []byte, base, module, so string) []byte {
+	b, section := addTo(text, base, "providers", module+so)
+	if b == nil {
+		return nil
+	}
+	fmt.Fprintf(b, "[%s]\ndefault = signwarden_default\npkcs11 = signwarden_provider\n[signwarden_default]\nactivate = 1\n", section)
+	fmt.Fprintf(b, "[signwarden_provider]\nmodule = %s\npkcs11-module-path = %s\nactivate = 1\n", so, module)
+	return b.Bytes()
+}
+
+// addTo begins a configuration that includes the one at base, and names the section in it
+// that what is to be engines or providers. It is nil where that cannot be.
+func addTo(text []byte, base, what, paths string) (*bytes.Buffer, string) {
+	initial, section := readConf(text, what)
+	if strings.ContainsAny(initial+section+paths+base, "$\"'\\\n") {
+		return nil, "" // what OpenSSL would make of these is not for us to guess
+	}
+	b := &bytes.Buffer{}
+	fmt.Fprintln(b, "# Made by signwarden.")
+	if base != "" {
+		fmt.Fprintf(b, ".include %s\n", base)
+	}
+	if initial == "" {
+		initial = "signwarden_init"
+		fmt.Fprintf(b, "[default]\nopenssl_conf = %s\n", initial)
+	}
+	if section == "" {
+		section = "signwarden_" + what
+		fmt.Fprintf(b, "[%s]\n%s = %s\n", initial, what, section)
+	}
+	return b, section
+}
+
+// readConf finds the section that initialises OpenSSL, and that of its engines or
+// providers. Files that the configuration includes are not looked into.
+func readConf(text []byte, what string) (initial, named string) {
 	bySection := map[string]string{}
 	section := "default"
 	for s := bufio.NewScanner(bytes.NewReader(text)); s.Scan(); {
@@ -159,7 +188,7 @@ func readConf(text []byte) (initial, engines string) {
 		case m == nil:
 		case m[1] == "openssl_conf" && section == "default":
 			initial = m[2]
-		case m[1] == "engines":
+		case m[1] == what:
 			bySection[section] = m[2]
 		}
 	}
