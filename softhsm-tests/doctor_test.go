@@ -95,6 +95,8 @@ func serveTLS(t *testing.T, file string) (address string) {
 func TestDoctor(t *testing.T) {
 	s := newP11Site(t)
 	s.gateway.must(t, "signwardend", "client", "create", "nobody", "--dir", s.gateway.dir)
+	s.gateway.must(t, "signwardend", "client", "create", "reader", "--dir", s.gateway.dir)
+	s.policy(t, "  - {name: reader, principals: [reader], keys: [kmod], may: [read]}\n")
 	s.gateway.must(t, "signwardend", "client", "create", "short", "--dir", s.gateway.dir, "--valid", "48h")
 	dir := shortDir(t)
 	at := func(name string) string { return filepath.Join(dir, name) }
@@ -175,7 +177,8 @@ func TestDoctor(t *testing.T) {
 		{"nothing permitted", with("SIGNWARDEN_PROFILE=" + s.profile("nobody")), nil, 4, "keys", "you may sign with none", "policy apply", "fail"},
 		{"a key that is not permitted", with("SIGNWARDEN_PROFILE=" + s.profile("nobody")), []string{"kmod"}, 4, "keys", "key kmod", "policy apply", "fail"},
 		{"a key that is not there", env, []string{"none"}, 4, "keys", "key none", "key list", "fail"},
-		{"a type that no tool takes", env, []string{"ed"}, 4, "keys", "no tool can use ed", "--howto", "fail"},
+		{"nothing but reading permitted", with("SIGNWARDEN_PROFILE=" + s.profile("reader")), []string{"kmod"}, 4, "keys", "no tool can use kmod", "--howto", "fail"},
+		{"a type that PKCS#11 tools do not take", env, []string{"ed"}, 0, "keys", "sign-file cannot use ed: p11-kit does not pass Ed25519", "--howto", "note"},
 		{"a type that some tools do not take", env, []string{"ec"}, 0, "keys", "sbsign cannot use ec: the tool, or who verifies it, takes RSA", "--howto", "note"},
 		{"certificate that ends soon", with("SIGNWARDEN_PROFILE=" + s.profile("short")), nil, 4, "certificate", "expires at", "client create", "note"},
 		{"clock behind", with("SIGNWARDEN_PROFILE=" + dated("early", time.Hour, 2*time.Hour)), nil, 1, "certificate", "the clock is wrong", "timedatectl", "fail"},

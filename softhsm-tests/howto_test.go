@@ -1,6 +1,7 @@
 package softhsm_test
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -73,6 +74,10 @@ func TestHowto(t *testing.T) {
 				t.Error(out)
 			}
 		},
+		"ssh-keygen": func(t *testing.T) {
+			s.write(t, "allowed", s.gateway.must(t, "signwarden", "key", "export", "rel", "--format", "ssh", "--signer", "rel@example.org"))
+			s.host(t, "sh", "-c", fmt.Sprintf("ssh-keygen -Y verify -f %s -I rel@example.org -n file -s %s <%s", s.at("allowed"), s.at("file.sig"), s.at("file")))
+		},
 		"gpgsm":               cms("file.p7s", "DER"),
 		"openssl cms, engine": cms("file.p7", "DER"),
 		"certtool":            cms("file.p7", "PEM"),
@@ -135,6 +140,9 @@ func TestHowto(t *testing.T) {
 	how = sections(s.as("modules").must(t, "signwarden", "key", "show", "rel", "--howto"))
 	if lines := how["gpg"]; len(lines) != 1 || !strings.HasPrefix(lines[0], "signwarden exec -- gpg") {
 		t.Errorf("gpg, which is allowed: %q", lines)
+	}
+	if lines := how["ssh-keygen"]; len(lines) != 1 || !strings.Contains(lines[0], "formats: [ssh-sig] and namespaces: [file]") {
+		t.Errorf("ssh-keygen, which is not allowed: %q", lines)
 	}
 	if lines := how["sbsign"]; len(lines) != 1 || !strings.Contains(lines[0], "formats: [pkcs11] and blind: true") {
 		t.Errorf("sbsign, which is not allowed: %q", lines)

@@ -16,7 +16,7 @@ import (
 // name, URI its PKCS#11 URI and FPR the OpenPGP fingerprint.
 type howto struct {
 	tool   string
-	format string // that the principal must be allowed
+	format string // that the principal must be allowed, with ":namespace" for ssh-sig
 	needs  func(client.Key) string
 	lines  []string
 }
@@ -28,6 +28,14 @@ var howtos = []howto{
 	{"git", "openpgp", needOpenPGP, []string{"signwarden exec -- git tag -s -u FPR -m v1.0 v1.0"}},
 	{"rpmsign", "openpgp", needOpenPGP, []string{"signwarden exec -- rpmsign --define '_gpg_name FPR' --addsign package.rpm"}},
 	{"debsign", "openpgp", needOpenPGP, []string{"signwarden exec -- debsign -k FPR package.changes"}},
+	{"ssh-keygen", "ssh-sig:file", needNothing, []string{
+		"signwarden key export NAME --format ssh >NAME.pub",
+		"signwarden exec -- ssh-keygen -Y sign -n file -f NAME.pub file",
+	}},
+	{"git, by SSH", "ssh-sig:git", needNothing, []string{
+		"signwarden key export NAME --format ssh >NAME.pub",
+		`signwarden exec -- git -c gpg.format=ssh -c user.signingkey="$PWD/NAME.pub" tag -s -m v1.0 v1.0`,
+	}},
 	{"gpgsm", "openpgp", needX509, []string{"signwarden exec -- gpgsm --local-user SHA1 --include-certs -1 --output file.p7s --detach-sign file"}},
 	{"openssl cms, engine", formatPKCS11, needX509, []string{
 		"signwarden exec -- openssl cms -sign -binary -engine pkcs11 -keyform engine -inkey 'URI;type=private' -signer NAME.pem -in file -outform der -out file.p7",
@@ -64,6 +72,8 @@ var howtos = []howto{
 		"signwarden exec -- jarsigner -keystore NONE -storetype PKCS11 -providerClass sun.security.pkcs11.SunPKCS11 -providerArg jar.cfg -storepass NONE -signedjar signed.jar file.jar NAME",
 	}},
 }
+
+func needNothing(client.Key) string { return "" }
 
 func needOpenPGP(k client.Key) string {
 	if k.OpenPGP == nil {
@@ -142,12 +152,12 @@ func howtoOf(ctx context.Context, c *client.Client, k client.Key) (howtoJSON, er
 		out.Prepare = append(out.Prepare, fill.Replace("signwarden key export NAME --format x509 >NAME.pem"))
 	}
 	refused := map[string]string{} // by format
-	for _, format := range []string{"openpgp", formatPKCS11} {
-		if refused[format], err = refusal(ctx, c, k, format); err != nil {
-			return howtoJSON{}, err
-		}
-	}
 	for _, h := range howtos {
+		if _, asked := refused[h.format]; !asked {
+			if refused[h.format], err = refusal(ctx, c, k, h.format); err != nil {
+				return howtoJSON{}, err
+			}
+		}
 		t := toolJSON{Tool: h.tool, WhyNot: h.needs(k)}
 		if t.WhyNot == "" {
 			t.WhyNot = refused[h.format]
@@ -164,14 +174,19 @@ func howtoOf(ctx context.Context, c *client.Client, k client.Key) (howtoJSON, er
 	return out, nil
 }
 
-// refusal is why we may not sign with a key, through an agent, in a format; empty: we may.
+// refusal is why we may not sign with a key, through an agent, in a format (and a
+// namespace of it, after a colon); empty: we may.
 func refusal(ctx context.Context, c *client.Client, k client.Key, format string) (string, error) {
 	if k.State != keys.Enabled {
 		return fmt.Sprintf("the key is %s; an administrator can change that: signwarden key enable %s", k.State, k.Name), nil
 	}
-	d, err := c.TestPolicy(ctx, client.PolicyQuery{Key: k.Name, Action: "sign", Format: format})
+	format, namespace, _ := strings.Cut(format, ":")
+	d, err := c.TestPolicy(ctx, client.PolicyQuery{Key: k.Name, Action: "sign", Format: format, Namespace: namespace})
 	if err != nil || d.Allowed {
 		return "", err
+	}
+	if namespace != "" {
+		return fmt.Sprintf("you may not sign with it so: a rule for you with formats: [%s] and namespaces: [%s] is needed", format, namespace), nil
 	}
 	return fmt.Sprintf("you may not sign with it so: a rule for you with formats: [%s] and blind: true is needed", format), nil
 }
