@@ -1,0 +1,5 @@
+package worker_test
+
+const rawCommand = "test-raw"
+
+func rawSigner() int { return 1 }
