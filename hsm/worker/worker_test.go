@@ -92,7 +92,10 @@ func TestErrors(t *testing.T) {
 		{"exists", func() error { _, err := tok.Generate(t.Context(), "l", []byte("k"), "p256"); return err }, "6b", hsm.ErrExists, false},
 		{"algorithm", func() error { _, err := tok.Generate(t.Context(), "l", []byte("l"), "dsa"); return err }, `"dsa"`, nil, true},
 		{"nothing to delete", func() error { return tok.Delete(t.Context(), []byte("x")) }, "78", hsm.ErrNotFound, false},
-		{"too long", func() error { _, err := tok.Sign(t.Context(), []byte("k"), make([]byte, 1<<20), crypto.SHA256); return err }, "too long", nil, true},
+		{"too long", func() error {
+			_, err := tok.Sign(t.Context(), []byte("k"), make([]byte, 1<<20), crypto.SHA256)
+			return err
+		}, "too long", nil, true},
 	} {
 		err := k.do()
 		if err == nil || !strings.Contains(err.Error(), k.want) || k.is != nil && !errors.Is(err, k.is) {
