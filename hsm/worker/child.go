@@ -198,8 +198,10 @@ type pipe struct {
 
 }
 
-// next waits for a frame; its body is copied to own. more: another one is here
-// already, and probably of the same kind of work. ok is false when the parent
+// next waits for a frame; its body is copied to own. more: two further ones are
+// here already, and the first will take as long. Two, so that the parent can send
+// others while the last is worked on: a child that first empties its buffer stands
+// still for the time of a round trip. ok is false when the parent
 // has hung up.
 func (p *pipe) next(own []byte) (f frame, more, ok bool) {
 	p.reading.Lock()
@@ -214,7 +216,11 @@ func (p *pipe) next(own []byte) (f frame, more, ok bool) {
 			f.body = append(own[:0], f.body...)
 			p.from += n
 			g, m, err := parseFrame(p.buf[p.from:p.to])
-			return f, err == nil && m > 0 && likely(f, g), true
+			if err != nil || m == 0 || !likely(f, g) {
+				return f, false, true
+			}
+			_, m, err = parseFrame(p.buf[p.from+m : p.to])
+			return f, err == nil && m > 0, true
 		}
 		if p.from > 0 {
 			p.to = copy(p.buf, p.buf[p.from:p.to])

@@ -1,7 +1,6 @@
 package worker
 
 import (
-	"bytes"
 	"cmp"
 	"crypto"
 	"crypto/ed25519"
@@ -252,6 +251,3 @@ func parseFailure(b []byte) (*failure, error) {
 	}
 	return f, nil
 }
-
-// copied is a body that outlives the buffer that it was parsed in.
-func copied(b []byte) []byte { return bytes.Clone(b) }

@@ -71,8 +71,8 @@ type Config struct {
 const (
 	// DefaultDepth lets a session find its next request when it has answered
 	// one, and is small: what is in a child cannot be put in another order, and
-	// waits for its watchdog (figures at BenchmarkDepth).
-	DefaultDepth        = 4
+	// waits for its watchdog (docs/PERFORMANCE.md has figures).
+	DefaultDepth        = 8
 	DefaultCallTimeout  = 2 * time.Second
 	DefaultStartTimeout = 30 * time.Second
 	DefaultRecycleAge   = 24 * time.Hour
