@@ -73,6 +73,12 @@ var rules = []rule{
 		may:   []string{"./hsm/..."},
 	},
 	{
+		name:  "what supervises workers knows hsm and the standard library",
+		who:   []string{"./hsm/worker"},
+		never: []string{thirdParty},
+		past:  []string{"./hsm"},
+	},
+	{
 		name:  "formats know nothing of ours but formats",
 		who:   []string{"./formats/..."},
 		never: []string{"./..."},

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 	"github.com/signwarden/signwarden/gateway/store"
 	"github.com/signwarden/signwarden/hsm"
+	"github.com/signwarden/signwarden/hsm/worker"
 )
 
 // load reads the configuration that the flags name.
@@ -38,7 +40,8 @@ func (d *dirFlags) load() (config.Config, error) {
 	return c, err
 }
 
-// openToken opens the token that the configuration names.
+// openToken opens the token that the configuration names in this process: for
+// commands that look at it and end.
 func openToken(ctx context.Context, c config.Token, log *slog.Logger) (*hsm.Pool, error) {
 	pin, err := hsm.ReadPIN(c.PINFile)
 	if err != nil {
@@ -47,6 +50,36 @@ func openToken(ctx context.Context, c config.Token, log *slog.Logger) (*hsm.Pool
 	return hsm.Open(ctx, hsm.Config{
 		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, PIN: pin, Sessions: c.Sessions, Logger: log,
 	})
+}
+
+// startWorkers opens the token that the configuration names in processes of its
+// own: for what serves.
+func startWorkers(ctx context.Context, c config.Token, log *slog.Logger) (*worker.Token, error) {
+	pin, err := hsm.ReadPIN(c.PINFile)
+	if err != nil {
+		return nil, fmt.Errorf("token.pin_file: %w", err)
+	}
+	workers, each := split(c.Workers, c.Sessions, runtime.NumCPU())
+	return worker.Open(ctx, worker.Config{
+		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, PIN: pin, Logger: log,
+		Workers: workers, Sessions: each,
+		CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
+		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
+	})
+}
+
+// split says how many workers there are, and sessions of each: no more sessions
+// than token.sessions allows, where it says a number.
+func split(workers, sessions, cpus int) (n, each int) {
+	switch {
+	case workers == 0 && sessions == 0:
+		return cpus, 1
+	case workers == 0:
+		n = min(cpus, sessions)
+	default:
+		n = workers
+	}
+	return n, max(sessions/n, 1)
 }
 
 // lockStore makes sure that one process at a time decides on a store: another
@@ -152,7 +185,7 @@ func readRPM(hash crypto.Hash, message []byte) (*policy.Content, error) {
 // parts is an assembled gateway.
 type parts struct {
 	gateway *gateway.Gateway
-	token   *hsm.Pool
+	token   *worker.Token
 	store   *store.SQLite
 	unlock  func()
 }
@@ -173,7 +206,7 @@ func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts,
 	if err != nil {
 		return nil, err
 	}
-	p.token, err = openToken(ctx, c.Token, log)
+	p.token, err = startWorkers(ctx, c.Token, log)
 	if err != nil {
 		return nil, err
 	}

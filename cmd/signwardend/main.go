@@ -10,9 +10,15 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/hsm/worker"
 )
 
 func main() {
+	// Before anything else: what serve starts for each of its workers. It has no
+	// flags and no use for people.
+	if len(os.Args) == 2 && os.Args[1] == worker.Command {
+		os.Exit(worker.Main())
+	}
 	root := &cobra.Command{
 		Use:   "signwardend",
 		Short: "The Signwarden signing gateway",

@@ -34,7 +34,9 @@ func serveCommand() *cobra.Command {
 		Use:   "serve",
 		Short: "Serve clients and agent sockets until SIGTERM",
 		Long: `serve opens the token and the store and serves gRPC with mutual TLS, and the
-agent sockets that the configuration lists. It never serves without TLS.
+agent sockets that the configuration lists. It never serves without TLS. The
+PKCS#11 module is loaded by worker processes, which serve starts and replaces
+(signwardend hsm-worker); they end with it.
 
 SIGTERM or SIGINT: finish what is in flight and end.
 SIGHUP: read certificates and the configuration's agents again; open streams go on.`,

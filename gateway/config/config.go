@@ -19,6 +19,9 @@ const FileName = "signwardend.yaml"
 // maxFile bounds a configuration file, in bytes.
 const maxFile = 1 << 20
 
+// maxSessions bounds token.workers and token.sessions: more are a slip of the pen.
+const maxSessions = 1024
+
 // Config is signwardend.yaml. Paths in the file are relative to its directory;
 // Load makes them absolute.
 type Config struct {
@@ -49,8 +52,19 @@ type Token struct {
 	// Environment is set before the module is loaded. A value that begins with
 	// "./" is a path relative to the configuration.
 	Environment map[string]string `yaml:"environment,omitempty"`
-	// Sessions bounds concurrent signatures; 0: one per CPU.
+	// Workers is how many processes sign; 0: one per CPU, and no more than Sessions.
+	Workers int `yaml:"workers,omitempty"`
+	// Sessions bounds concurrent signatures, of all workers; 0: one for each. No
+	// less than Workers, among whom they are divided evenly.
 	Sessions int `yaml:"sessions,omitempty"`
+	// CallTimeout is after how long without an answer a worker is taken for hung,
+	// StartTimeout how long one has to log in.
+	CallTimeout  Duration `yaml:"call_timeout,omitempty"`
+	StartTimeout Duration `yaml:"start_timeout,omitempty"`
+	// RecycleAfter is the age at which a worker is replaced, and
+	// RecycleSignatures after how many signatures one is.
+	RecycleAfter      Duration `yaml:"recycle_after,omitempty"`
+	RecycleSignatures int      `yaml:"recycle_signatures,omitempty"`
 }
 
 // Store is where keys, policy and the audit log are kept.
@@ -174,12 +188,21 @@ func (c *Config) check() error {
 		name  string
 		value int
 	}{
-		{"token.sessions", c.Token.Sessions}, {"limits.in_flight", c.Limits.InFlight},
+		{"token.workers", c.Token.Workers}, {"token.sessions", c.Token.Sessions},
+		{"token.recycle_signatures", c.Token.RecycleSignatures}, {"limits.in_flight", c.Limits.InFlight},
 		{"limits.in_flight_per_principal", c.Limits.InFlightPerPrincipal},
 		{"limits.in_flight_per_stream", c.Limits.InFlightPerStream},
 	} {
 		if f.value < 0 {
 			return fmt.Errorf("%s: %d is negative", f.name, f.value)
+		}
+	}
+	if w, s := c.Token.Workers, c.Token.Sessions; s > 0 && w > s {
+		return fmt.Errorf("token.workers: %d are more than the %d token.sessions, of which each has one at least", w, s)
+	}
+	for _, n := range []int{c.Token.Workers, c.Token.Sessions} {
+		if n > maxSessions {
+			return fmt.Errorf("token: %d workers or sessions are more than %d", n, maxSessions)
 		}
 	}
 	sockets := map[string]bool{}

@@ -20,6 +20,10 @@ token:
   label: signwarden
   pin_file: pin
   environment: {SOFTHSM2_CONF: ./softhsm2.conf, OTHER: value}
+  workers: 2
+  sessions: 8
+  call_timeout: 4s
+  recycle_after: 12h
 store: {sqlite: db.sqlite}
 agents:
   - {gpg_socket: S.gpg-agent, principal: builder, uids: [0, 1000]}
@@ -44,6 +48,7 @@ func TestLoad(t *testing.T) {
 		Token: config.Token{
 			Module: "/usr/lib/softhsm/libsofthsm2.so", Label: "signwarden", PINFile: at("pin"),
 			Environment: map[string]string{"SOFTHSM2_CONF": at("softhsm2.conf"), "OTHER": "value"},
+			Workers:     2, Sessions: 8, CallTimeout: config.Duration(4 * time.Second), RecycleAfter: config.Duration(12 * time.Hour),
 		},
 		Store: config.Store{SQLite: at("db.sqlite")},
 		Agents: []config.Agent{
@@ -74,6 +79,9 @@ func TestParseErrors(t *testing.T) {
 		{"module", "/usr/lib/softhsm/", "", "token.module"},
 		{"duration", "10s", "10", "no duration"},
 		{"negative", "in_flight: 7", "in_flight: -7", "limits.in_flight"},
+		{"negative workers", "workers: 2", "workers: -2", "token.workers"},
+		{"workers without a session", "workers: 2", "workers: 9", "token.workers: 9 are more than the 8 token.sessions"},
+		{"too many sessions", "sessions: 8", "sessions: 80000", "more than 1024"},
 		{"no uids", "uids: [0, 1000]", "uids: []", "agents[0].uids is missing"},
 		{"principal", "principal: builder", "principal: '*'", "agents[0].principal"},
 		{"socket's unknown field", "signatures: 500", "signature: 500", `unknown field "signature"`},

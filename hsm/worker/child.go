@@ -1,0 +1,285 @@
+package worker
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/signwarden/signwarden/hsm"
+)
+
+// pipeFD is the child's end of the pipe.
+const pipeFD = 3
+
+// prSetDumpable is PR_SET_DUMPABLE, which package syscall lacks.
+const prSetDumpable = 4
+
+// Main is a worker, from its start to its end; it returns the exit code. End
+// the process with os.Exit: modules such as SoftHSM 2.6 crash in their
+// destructors when it ends the long way.
+func Main() int {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(pipeFD, &st); err != nil || st.Mode&syscall.S_IFMT != syscall.S_IFSOCK {
+		fmt.Fprintln(os.Stderr, "signwardend: hsm-worker is started by signwardend, and has nothing to do here")
+		return 2
+	}
+	// Service managers signal all processes of a service, and terminals a
+	// group. Our parent says when we are to end.
+	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	syscall.CloseOnExec(pipeFD)
+	// The PIN is in our memory: no core files, and nobody who is not root attaches.
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, prSetDumpable, 0, 0); errno != 0 {
+		fmt.Fprintf(os.Stderr, "PR_SET_DUMPABLE: %v\n", errno)
+	}
+	// Signing makes garbage of a few hundred bytes, and the heap is tiny.
+	debug.SetGCPercent(800)
+
+	p := &pipe{buf: make([]byte, maxFrame)}
+	f, _, ok := p.next(nil)
+	h, err := parseHello(f.body)
+	if !ok || f.kind != kindHello || err != nil {
+		fmt.Fprintf(os.Stderr, "no greeting: %v\n", err)
+		return 1
+	}
+	pool, err := h.open()
+	if err != nil {
+		p.send(kindFailed, 0, appendFailure(nil, err), false)
+		return 1
+	}
+	p.send(kindReady, 0, appendInfo(nil, pool.Info()), false)
+	if h.mode == modeAdmin {
+		act(p, pool)
+	} else {
+		signAll(p, pool, int(h.sessions))
+	}
+	if err := pool.Close(); err != nil {
+		fmt.Fprintf(os.Stderr, "closing the token: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+// open loads the module and logs in.
+func (h hello) open() (*hsm.Pool, error) {
+	c := hsm.Config{
+		Module: h.module, Env: map[string]string{}, TokenLabel: h.label, PIN: hsm.NewPIN(h.pin), Sessions: int(h.sessions),
+		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
+	}
+	for _, v := range h.env {
+		c.Env[v.name] = v.value
+	}
+	return hsm.Open(context.Background(), c)
+}
+
+// signAll answers until the parent hangs up: each session has a thread, which
+// reads a request, signs, and writes the answer, all by itself. A request that
+// is handed over costs a switch between threads, 20 to 60 µs.
+func signAll(p *pipe, pool *hsm.Pool, sessions int) {
+	var others sync.WaitGroup
+	for range sessions - 1 {
+		others.Go(func() { signOn(p, pool, false) })
+	}
+	signOn(p, pool, sessions == 1)
+	others.Wait()
+}
+
+// quick is how long an answer may wait for others to be written with it, and
+// how long the work on a request may take for that.
+const quick = 300 * time.Microsecond
+
+// signOn answers on this thread. alone: no other thread does, so answers can be
+// held back.
+func signOn(p *pipe, pool *hsm.Pool, alone bool) {
+	runtime.LockOSThread()
+	ctx := context.Background() // never ends, by which the pool works on this thread; the parent kills what hangs
+	var own, reply []byte
+	for {
+		f, next, ok := p.next(own)
+		if !ok {
+			return
+		}
+		own = f.body
+		began := time.Now()
+		kind := kindDone
+		var err error
+		reply, err = answer(ctx, pool, f, reply[:0])
+		if err != nil {
+			kind, reply = kindFailed, appendFailure(reply[:0], err)
+		}
+		p.send(kind, f.number, reply, alone && next && time.Since(began) < quick)
+	}
+}
+
+var errKind = errors.New("a worker that signs does nothing else")
+
+// answer does one request that a signing worker knows: none of them writes.
+func answer(ctx context.Context, pool *hsm.Pool, f frame, dst []byte) ([]byte, error) {
+	switch f.kind {
+	case kindSign:
+		id, digest, opts, err := parseSign(f.body)
+		if err != nil {
+			return nil, err
+		}
+		sig, err := pool.Sign(ctx, id, digest, opts)
+		return append(dst, sig...), err
+	case kindPublic:
+		pub, err := pool.PublicKey(ctx, f.body)
+		if err != nil {
+			return nil, err
+		}
+		return x509.MarshalPKIXPublicKey(pub)
+	case kindPing:
+		return dst, pool.Ping(ctx)
+	}
+	return nil, errKind
+}
+
+// act does the one request of an administrative worker. That the parent hangs
+// up meanwhile means that nobody waits for it any more.
+func act(p *pipe, pool *hsm.Pool) {
+	f, _, ok := p.next(nil)
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() { // ends with the process
+		p.next(nil)
+		cancel()
+	}()
+	kind := kindDone
+	b, err := write(ctx, pool, f)
+	if err != nil {
+		kind, b = kindFailed, appendFailure(nil, err)
+	}
+	p.send(kind, f.number, b, false)
+}
+
+func write(ctx context.Context, pool *hsm.Pool, f frame) ([]byte, error) {
+	switch f.kind {
+	case kindGenerate:
+		g, err := parseGeneration(f.body)
+		if err != nil {
+			return nil, err
+		}
+		pub, err := pool.Generate(ctx, g.label, g.id, g.algorithm)
+		if err != nil {
+			return nil, err
+		}
+		return x509.MarshalPKIXPublicKey(pub)
+	case kindDelete:
+		return nil, pool.Delete(ctx, f.body)
+	}
+	return nil, errors.New("an administrative worker does nothing else")
+}
+
+// pipe is the child's end. Its calls block their thread: there is nothing else
+// for it to do.
+type pipe struct {
+	reading sync.Mutex // guards the next four; held while one frame is waited for
+	buf     []byte
+	from    int // where what has not been taken begins
+	to      int // and ends
+	ended   bool
+
+	writing sync.Mutex // guards the next two; held while answers are written
+	out     []byte
+	oldest  time.Time // when the first of out came
+
+}
+
+// next waits for a frame; its body is copied to own. more: two further ones are
+// here already, and the first will take as long. Two, so that the parent can send
+// others while the last is worked on: a child that first empties its buffer stands
+// still for the time of a round trip. ok is false when the parent
+// has hung up.
+func (p *pipe) next(own []byte) (f frame, more, ok bool) {
+	p.reading.Lock()
+	defer p.reading.Unlock()
+	for !p.ended {
+		f, n, err := parseFrame(p.buf[p.from:p.to])
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			break
+		}
+		if n > 0 {
+			f.body = append(own[:0], f.body...)
+			p.from += n
+			g, m, err := parseFrame(p.buf[p.from:p.to])
+			if err != nil || m == 0 || !likely(f, g) {
+				return f, false, true
+			}
+			_, m, err = parseFrame(p.buf[p.from+m : p.to])
+			return f, err == nil && m > 0, true
+		}
+		if p.from > 0 {
+			p.to = copy(p.buf, p.buf[p.from:p.to])
+			p.from = 0
+		}
+		read, err := syscall.Read(pipeFD, p.buf[p.to:])
+		if errors.Is(err, syscall.EINTR) {
+			continue
+		}
+		if err != nil || read <= 0 {
+			break
+		}
+		p.to += read
+	}
+	p.ended = true
+	return frame{}, false, false
+}
+
+// likely says whether g will take as long as f: it is for the same key.
+func likely(f, g frame) bool {
+	if f.kind != kindSign || g.kind != kindSign {
+		return false
+	}
+	a, _, _, err := parseSign(f.body)
+	if err != nil {
+		return false
+	}
+	b, _, _, err := parseSign(g.body)
+	return err == nil && string(a) == string(b)
+}
+
+// send answers a request; hold: another answer comes soon, with which it can be
+// written.
+func (p *pipe) send(kind byte, number uint32, body []byte, hold bool) {
+	p.writing.Lock()
+	defer p.writing.Unlock()
+	if len(body) > maxBody { // none is
+		kind, body = kindFailed, appendFailure(nil, io.ErrShortBuffer)
+	}
+	if hold {
+		if len(p.out) == 0 {
+			p.oldest = time.Now()
+		} else if time.Since(p.oldest) > quick {
+			hold = false
+		}
+	}
+	p.out = appendFrame(p.out, kind, number, body)
+	if hold {
+		return
+	}
+	for b := p.out; len(b) > 0; {
+		n, err := syscall.Write(pipeFD, b)
+		if errors.Is(err, syscall.EINTR) {
+			continue
+		}
+		if err != nil {
+			break // the parent is gone, as reading will tell
+		}
+		b = b[n:]
+	}
+	p.out = p.out[:0]
+}

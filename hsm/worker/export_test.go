@@ -1,0 +1,73 @@
+package worker
+
+import (
+	"bytes"
+	"crypto"
+	"testing"
+	"time"
+
+	"github.com/signwarden/signwarden/hsm"
+)
+
+// SetReplacePause changes how old a worker is before it is replaced.
+func SetReplacePause(t *testing.T, d time.Duration) {
+	was := replacePause
+	replacePause = d
+	t.Cleanup(func() { replacePause = was })
+}
+
+const KindDone = kindDone
+
+var Frame = func(kind byte, number uint32, body []byte) []byte { return appendFrame(nil, kind, number, body) }
+
+func Hello(c Config) []byte   { return appendFrame(nil, kindHello, 0, newHello(modeSign, c).append(nil)) }
+func Ready(i hsm.Info) []byte { return appendFrame(nil, kindReady, 0, appendInfo(nil, i)) }
+func Failed(err error) []byte { return appendFrame(nil, kindFailed, 3, appendFailure(nil, err)) }
+func Sign(id, digest []byte, o crypto.SignerOpts) []byte {
+	return appendFrame(nil, kindSign, 1, appendSign(nil, id, digest, o))
+}
+func Generate(label string, id []byte, algorithm string) []byte {
+	return appendFrame(nil, kindGenerate, 1, generation{label, id, algorithm}.append(nil))
+}
+
+// Reencode parses the first frame of b with its body, and encodes it again.
+func Reencode(b []byte) (again []byte, n int, err error) {
+	f, n, err := parseFrame(b)
+	if err != nil || n == 0 {
+		return nil, n, err
+	}
+	body := f.body
+	switch f.kind {
+	case kindHello:
+		h, err := parseHello(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = h.append(nil)
+	case kindReady:
+		i, err := parseInfo(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = appendInfo(nil, i)
+	case kindSign:
+		id, digest, opts, err := parseSign(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = appendSign(nil, id, digest, opts)
+	case kindGenerate:
+		g, err := parseGeneration(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = g.append(nil)
+	case kindFailed:
+		e, err := parseFailure(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = appendFailure(nil, e)
+	}
+	return bytes.Clone(appendFrame(nil, f.kind, f.number, body)), n, nil
+}

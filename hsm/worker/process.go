@@ -1,0 +1,423 @@
+package worker
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/signwarden/signwarden/hsm"
+)
+
+// A process is one child, and our end of its pipe.
+type process struct {
+	t      *Token
+	cmd    *exec.Cmd
+	log    *slog.Logger
+	conn   *os.File
+	raw    syscall.RawConn // of conn
+	stderr *os.File
+	said   sync.WaitGroup // the goroutine that logs stderr
+	info   hsm.Info
+	born   time.Time
+	room   int           // requests that it takes at a time
+	retire chan struct{} // capacity 1: it is to be replaced
+	dead   chan struct{} // closed when it is gone and reaped
+
+	// Token.mu guards these.
+	inFlight []*call // in the order in which they were given
+	number   uint32  // of the last one
+	progress time.Time
+	answered int64
+	hung     bool          // killed for it
+	draining bool          // it gets no more
+	drained  chan struct{} // closed when it is draining and has answered all
+	out      []byte        // frames that nobody is writing
+	spare    []byte        // the other of the two buffers
+	flushing bool          // somebody writes, and will write out too
+
+	// Who flushes has these.
+	writing []byte
+	wrote   int
+	failed  error
+	write   func(fd uintptr) bool
+}
+
+// passed are the variables of our environment that a child gets: enough for a
+// module to find its user's files, and nothing that could be a secret. What a
+// module needs besides is in the configuration.
+var passed = []string{"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR"}
+
+// environment is a child's. Config.Env goes through the pipe, but what the
+// dynamic linker reads has to be there at the start.
+func environment(c Config) []string {
+	env := []string{}
+	for _, name := range passed {
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	for name, v := range c.Env {
+		if strings.HasPrefix(name, "LD_") {
+			env = append(env, name+"="+v)
+		}
+	}
+	return env
+}
+
+// spawn starts a child. It has said nothing yet.
+func (t *Token) spawn() (*process, error) {
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("starting a worker: socketpair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "worker's pipe") // stays blocking
+	defer theirs.Close()
+	if err := syscall.SetNonblock(fds[0], true); err != nil {
+		syscall.Close(fds[0])
+		return nil, fmt.Errorf("starting a worker: %w", err)
+	}
+	p := &process{
+		t: t, conn: os.NewFile(uintptr(fds[0]), "pipe to worker"),
+		room:   t.c.Sessions * t.c.Depth,
+		retire: make(chan struct{}, 1), dead: make(chan struct{}), drained: make(chan struct{}),
+	}
+	p.write = p.writeOnce
+	if p.raw, err = p.conn.SyscallConn(); err != nil {
+		p.conn.Close()
+		return nil, fmt.Errorf("starting a worker: %w", err)
+	}
+	var say *os.File
+	if p.stderr, say, err = os.Pipe(); err != nil {
+		p.conn.Close()
+		return nil, fmt.Errorf("starting a worker: %w", err)
+	}
+	defer say.Close()
+	p.cmd = &exec.Cmd{
+		Path: "/proc/self/exe", Args: []string{os.Args[0], Command}, Env: environment(t.c), Dir: "/",
+		Stdout: say, Stderr: say, ExtraFiles: []*os.File{theirs},
+		// A group of its own: the Ctrl-C of a terminal is for us, who drain.
+		SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL},
+	}
+	t.threads.run(func() { err = p.cmd.Start() })
+	if err != nil {
+		p.conn.Close()
+		p.stderr.Close()
+		return nil, fmt.Errorf("starting a worker: %w", err)
+	}
+	p.born = time.Now()
+	p.log = t.log.With("worker", p.pid())
+	p.said.Go(func() { logLines(p.log, p.stderr) })
+	return p, nil
+}
+
+func (p *process) pid() int { return p.cmd.Process.Pid }
+
+// kill makes the child end; its reader sees to what follows.
+func (p *process) kill() { p.cmd.Process.Kill() }
+
+// hangUp tells the child that nothing more comes; it ends when it has answered.
+func (p *process) hangUp() {
+	p.raw.Control(func(fd uintptr) { syscall.Shutdown(int(fd), syscall.SHUT_WR) })
+}
+
+// bury waits for a child that has been killed, or ends by itself, and for its
+// last words. Only one goroutine of a process calls it, once: until it does,
+// the pid is the child's.
+func (p *process) bury() {
+	// The group too: a module may have started processes of its own.
+	syscall.Kill(-p.pid(), syscall.SIGKILL)
+	p.kill() // where it has died before it had its group
+	p.cmd.Wait()
+	p.conn.Close()
+	p.stderr.SetReadDeadline(time.Now().Add(time.Second)) // whoever has inherited it
+	p.said.Wait()
+	p.stderr.Close()
+	close(p.dead)
+}
+
+// give hands the child a request. Flush it then. Called with Token.mu held.
+func (p *process) give(c *call) {
+	p.number++
+	c.number = p.number
+	if len(p.inFlight) == 0 {
+		p.progress = time.Now()
+	}
+	p.inFlight = append(p.inFlight, c)
+	p.out = appendFrame(p.out, c.kind, c.number, c.body)
+}
+
+// disown forgets the caller of a request that the child has; false where it
+// does not have it. Called with Token.mu held.
+func (p *process) disown(c *call) bool {
+	i := slices.Index(p.inFlight, c)
+	if i < 0 {
+		return false
+	}
+	p.inFlight[i] = &call{kind: c.kind, number: c.number} // done is nil
+	return true
+}
+
+// flush writes what waits to be written, unless somebody else does. It never
+// waits for the child: its callers have deadlines.
+func (p *process) flush() {
+	if !p.swap(true) {
+		return
+	}
+	for {
+		if err := p.raw.Write(p.write); err != nil {
+			p.failed = err // the pipe is closed: the reader has seen to all
+		}
+		if p.failed == nil && p.wrote < len(p.writing) {
+			p.t.running.Go(p.flushSlowly)
+			return
+		}
+		if !p.swap(false) {
+			return
+		}
+	}
+}
+
+// writeOnce is called with the descriptor, which does not block.
+func (p *process) writeOnce(fd uintptr) bool {
+	n, err := syscall.Write(int(fd), p.writing[p.wrote:])
+	p.wrote += max(n, 0)
+	if err != nil && !errors.Is(err, syscall.EAGAIN) && !errors.Is(err, syscall.EINTR) {
+		p.failed = err
+	}
+	return true
+}
+
+// flushSlowly is for a child that does not read: it waits.
+func (p *process) flushSlowly() {
+	for more := true; more; more = p.swap(false) {
+		if _, err := p.conn.Write(p.writing[p.wrote:]); err != nil {
+			p.failed = err
+		}
+	}
+}
+
+// swap takes what is to be written; false where that is nothing, or somebody
+// else writes. begin: the caller does not write yet.
+func (p *process) swap(begin bool) bool {
+	p.t.mu.Lock()
+	defer p.t.mu.Unlock()
+	if begin && p.flushing {
+		return false
+	}
+	if !begin {
+		p.spare = p.writing[:0]
+	}
+	p.flushing = len(p.out) > 0
+	if !p.flushing {
+		return false
+	}
+	p.writing, p.out, p.wrote, p.failed = p.out, p.spare[:0], 0, nil
+	p.spare = nil
+	return true
+}
+
+// serve reads answers until the child is gone.
+func (p *process) serve() {
+	buf := make([]byte, maxFrame)
+	fill := 0
+	var err error
+	for err == nil {
+		var n int
+		n, err = p.conn.Read(buf[fill:])
+		fill += n
+		if n > 0 {
+			used, bad := p.t.take(p, buf[:fill])
+			fill = copy(buf, buf[used:fill])
+			if bad != nil {
+				err = bad
+			}
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	p.t.lose(p, err)
+}
+
+// take looks at the answers in b, tells the callers, and gives the child what
+// waits. It returns how much of b it has read.
+func (t *Token) take(p *process, b []byte) (used int, err error) {
+	var last *call // of a list of those to tell, by prev
+	t.mu.Lock()
+	for {
+		f, n, ferr := parseFrame(b[used:])
+		if n == 0 || ferr != nil {
+			err = ferr
+			break
+		}
+		used += n
+		i := slices.IndexFunc(p.inFlight, func(c *call) bool { return c.number == f.number })
+		if i < 0 {
+			err = fmt.Errorf("%w: an answer to no request", errFrame)
+			break
+		}
+		c := p.inFlight[i]
+		p.inFlight = slices.Delete(p.inFlight, i, i+1)
+		p.answered++
+		told, serr := t.settle(p, c, f)
+		if serr != nil {
+			err = serr
+			break
+		}
+		if told {
+			c.prev, last = last, c
+		}
+	}
+	p.progress = time.Now()
+	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
+		p.replace()
+	}
+	var few [4]*process
+	fed := t.feed(few[:0])
+	p.checkDrained()
+	t.mu.Unlock()
+	// The children first: they have work then while callers wake.
+	for _, q := range fed {
+		q.flush()
+	}
+	for c := last; c != nil; {
+		before := c.prev
+		c.prev = nil
+		c.done <- struct{}{} // whose caller may use c for something else then
+		c = before
+	}
+	return used, err
+}
+
+// settle puts an answer into its call. It returns false where there is nobody
+// to tell, or the call is done again. mu is held.
+func (t *Token) settle(p *process, c *call, f frame) (told bool, err error) {
+	switch f.kind {
+	case kindDone:
+		c.answer, c.err = bytes.Clone(f.body), nil
+	case kindFailed:
+		fail, err := parseFailure(f.body)
+		if err != nil {
+			t.again(p, c)
+			return false, err
+		}
+		c.answer, c.err = nil, fail
+		if e, ok := fail.cause.(*hsm.Error); ok && t.blame(p, c, e) {
+			return false, nil
+		}
+	default:
+		t.again(p, c)
+		return false, fmt.Errorf("%w: an answer of kind %d", errFrame, f.kind)
+	}
+	c.shun = nil
+	return c.done != nil, nil
+}
+
+// blame does what the class of an error asks of the worker that gave it. It
+// returns true where the request is done again, by another one. mu is held.
+func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
+	switch e.Class {
+	case hsm.ClassOperator:
+		// Its login is lost and was refused. Others may be logged in still.
+		p.draining = true
+		t.refuse(e)
+		p.replace()
+	case hsm.ClassGone:
+		p.replace() // it takes a new process for most modules to see a token again
+	default:
+		return false
+	}
+	if c.done == nil || c.tries > 0 || t.closed || e.Class == hsm.ClassOperator && !t.serving() {
+		return false
+	}
+	t.again(p, c)
+	return true
+}
+
+// again puts a call that p failed in front of those that wait; mu is held.
+func (t *Token) again(p *process, c *call) {
+	if c.done == nil {
+		return
+	}
+	c.tries++
+	c.shun = p
+	t.waiting.pushFront(c)
+}
+
+// lose is called when a child is gone, or talks nonsense. What it had is given
+// to others.
+func (t *Token) lose(p *process, cause error) {
+	t.mu.Lock()
+	t.live = slices.DeleteFunc(t.live, func(q *process) bool { return q == p })
+	lost := p.inFlight
+	p.inFlight = nil
+	var failed []*call
+	for i, c := range slices.Backward(lost) { // so that the first is in front in the end
+		if c.done == nil {
+			continue
+		}
+		if i < t.c.Sessions { // it was being worked on; the others had only been sent
+			c.tries++
+			c.shun = p
+		}
+		if c.tries > 1 || t.closed {
+			failed = append(failed, c)
+		} else {
+			t.waiting.pushFront(c)
+		}
+	}
+	hung, draining := p.hung, p.draining
+	fed := t.feed(nil)
+	if err := t.unable(); err != nil {
+		t.failWaiting(err)
+	}
+	t.mu.Unlock()
+	for _, q := range fed {
+		q.flush()
+	}
+	for _, c := range failed {
+		if c.tries > 1 {
+			c.finish(nil, crashed())
+		} else {
+			c.finish(nil, hsm.ErrClosed)
+		}
+	}
+	p.bury()
+	switch {
+	case hung:
+		p.log.Error("worker hung and was killed", slog.Int("requests", len(lost)))
+	case draining && cause == nil && p.cmd.ProcessState.Success():
+		p.log.Info("worker ended", slog.Int64("answered", p.answered))
+	default:
+		p.log.Error("worker died", slog.String("state", p.cmd.ProcessState.String()), slog.Int("requests", len(lost)), slog.Any("error", cause))
+	}
+}
+
+// replace has the child's keeper start a successor.
+func (p *process) replace() {
+	select {
+	case p.retire <- struct{}{}:
+	default: // it knows
+	}
+}
+
+// checkDrained is called with Token.mu held.
+func (p *process) checkDrained() {
+	if !p.draining || len(p.inFlight) > 0 {
+		return
+	}
+	select {
+	case <-p.drained:
+	default:
+		close(p.drained)
+	}
+}

@@ -1,0 +1,202 @@
+package worker
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/signwarden/signwarden/hsm"
+)
+
+// A call is one request, from its caller to its answer. Token.mu guards it
+// from when it is waiting or in flight, until done is sent to.
+type call struct {
+	kind   byte
+	number uint32 // in the child that has it
+	body   []byte
+	done   chan struct{} // capacity 1: nobody waits for a caller
+	answer []byte
+	err    error
+
+	tries int      // workers that failed while they worked on it
+	shun  *process // the one that failed last
+
+	queued     bool
+	prev, next *call // in the queue
+}
+
+var calls = sync.Pool{New: func() any { return &call{done: make(chan struct{}, 1)} }}
+
+func newCall(kind byte) *call {
+	c := calls.Get().(*call)
+	*c = call{kind: kind, body: c.body[:0], done: c.done}
+	return c
+}
+
+// finish gives the caller its answer. Called once.
+func (c *call) finish(answer []byte, err error) {
+	c.answer, c.err, c.shun = answer, err, nil
+	c.done <- struct{}{}
+}
+
+// queue holds calls that no worker has room for, first come first served.
+type queue struct{ first, last *call }
+
+func (q *queue) push(c *call) {
+	c.queued, c.prev, c.next = true, q.last, nil
+	if q.last == nil {
+		q.first = c
+	} else {
+		q.last.next = c
+	}
+	q.last = c
+}
+
+// pushFront is for a call that has waited already.
+func (q *queue) pushFront(c *call) {
+	c.queued, c.prev, c.next = true, nil, q.first
+	if q.first == nil {
+		q.last = c
+	} else {
+		q.first.prev = c
+	}
+	q.first = c
+}
+
+func (q *queue) remove(c *call) {
+	if c.prev == nil {
+		q.first = c.next
+	} else {
+		c.prev.next = c.next
+	}
+	if c.next == nil {
+		q.last = c.prev
+	} else {
+		c.next.prev = c.prev
+	}
+	c.queued, c.prev, c.next = false, nil, nil
+}
+
+// do has a call answered by a worker, and waits for it no longer than ctx.
+func (t *Token) do(ctx context.Context, op string, c *call) ([]byte, error) {
+	if len(c.body) > maxBody {
+		return nil, tooLong(op, len(c.body))
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	t.mu.Lock()
+	if err := t.unable(); err != nil {
+		t.mu.Unlock()
+		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	var p *process
+	if t.waiting.first == nil {
+		p = t.pick(nil)
+	}
+	if p == nil {
+		t.waiting.push(c)
+	} else {
+		p.give(c)
+	}
+	t.mu.Unlock()
+	if p != nil {
+		p.flush()
+	}
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		if t.abandon(c) {
+			return nil, fmt.Errorf("%s: %w", op, ctx.Err())
+		}
+		<-c.done // it was answered meanwhile
+	}
+	answer, err := c.answer, c.err
+	c.answer, c.err = nil, nil
+	calls.Put(c)
+	return answer, err
+}
+
+// unable says why no request can be answered now or soon; mu is held.
+func (t *Token) unable() error {
+	switch {
+	case t.closed:
+		return hsm.ErrClosed
+	case t.serving():
+		return nil
+	case t.refused != nil:
+		return t.refused
+	}
+	return t.down
+}
+
+// serving says whether a worker takes requests; mu is held.
+func (t *Token) serving() bool {
+	return slices.ContainsFunc(t.live, func(p *process) bool { return !p.draining })
+}
+
+// abandon takes back a call whose caller leaves; false where it is answered.
+// A child works on it all the same: its answer is thrown away.
+func (t *Token) abandon(c *call) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c.queued {
+		t.waiting.remove(c)
+		return true
+	}
+	for _, p := range t.live {
+		if p.disown(c) {
+			return true
+		}
+	}
+	return false
+}
+
+// pick returns the worker with the fewest requests in flight that has room, or
+// nil. It prefers one that answers, and is not shunned; mu is held.
+func (t *Token) pick(shun *process) *process {
+	var best, worse *process
+	for _, p := range t.live {
+		if len(p.inFlight) >= p.room || p.draining {
+			continue
+		}
+		to := &best
+		if p == shun || len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout/4 {
+			to = &worse
+		}
+		if *to == nil || len(p.inFlight) < len((*to).inFlight) {
+			*to = p
+		}
+	}
+	if best == nil {
+		return worse
+	}
+	return best
+}
+
+// feed gives what waits to workers that have room; mu is held. Flush those
+// that it returns.
+func (t *Token) feed(fed []*process) []*process {
+	for c := t.waiting.first; c != nil; c = t.waiting.first {
+		p := t.pick(c.shun)
+		if p == nil {
+			break
+		}
+		t.waiting.remove(c)
+		p.give(c)
+		if len(fed) == 0 || fed[len(fed)-1] != p {
+			fed = append(fed, p)
+		}
+	}
+	return fed
+}
+
+// failWaiting ends everything that waits; mu is held.
+func (t *Token) failWaiting(err error) {
+	for c := t.waiting.first; c != nil; c = t.waiting.first {
+		t.waiting.remove(c)
+		c.finish(nil, err)
+	}
+}

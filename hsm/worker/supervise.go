@@ -1,0 +1,292 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/signwarden/signwarden/hsm"
+)
+
+// Pauses before a start, where the one before did not come to an answer.
+const (
+	minPause = 50 * time.Millisecond
+	maxPause = 5 * time.Second
+)
+
+// endTimeout is how long a child that is to end has for closing its sessions.
+const endTimeout = 5 * time.Second
+
+// replacePause is the least age of a worker that is replaced because the
+// token does not work: a new process may not help.
+var replacePause = 5 * time.Second
+
+// start starts a child and returns when it is logged in. One does at a time:
+// where its PIN is refused, no other has tried it, nor will.
+func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
+	select {
+	case t.starting <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-t.closing.Done():
+		return nil, hsm.ErrClosed
+	}
+	defer func() { <-t.starting }()
+	t.mu.Lock()
+	refused := t.refused
+	t.mu.Unlock()
+	if refused != nil {
+		return nil, refused
+	}
+	p, err := t.spawn()
+	if err != nil {
+		return nil, err
+	}
+	p.info, err = p.greet(ctx, mode)
+	if err == nil {
+		return p, nil
+	}
+	p.bury()
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = &hsm.Error{Op: "starting a worker", Class: hsm.ClassCrashed,
+			Detail: fmt.Sprintf("the module %s ended its process (%v); the log has what it said", t.c.Module, p.cmd.ProcessState)}
+	}
+	if cerr := ctx.Err(); cerr != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = cerr
+	} else if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = &hsm.Error{Op: "starting a worker", Class: hsm.ClassCrashed,
+			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, t.c.StartTimeout)}
+	}
+	if e, ok := errors.AsType[*hsm.Error](err); ok && e.Class == hsm.ClassOperator {
+		t.mu.Lock()
+		t.refuse(err)
+		t.mu.Unlock()
+	}
+	return nil, err
+}
+
+// greet tells the child what it is for, and waits until it is ready.
+func (p *process) greet(ctx context.Context, mode byte) (hsm.Info, error) {
+	p.conn.SetDeadline(time.Now().Add(p.t.c.StartTimeout))
+	now := func() { p.conn.SetDeadline(time.Unix(1, 0)) }
+	defer context.AfterFunc(ctx, now)()
+	defer context.AfterFunc(p.t.closing, now)()
+	if _, err := p.conn.Write(appendFrame(nil, kindHello, 0, newHello(mode, p.t.c).append(nil))); err != nil {
+		return hsm.Info{}, fmt.Errorf("greeting a worker: %w", err)
+	}
+	f, err := readFrame(p.conn)
+	if err != nil {
+		return hsm.Info{}, fmt.Errorf("greeting a worker: %w", err)
+	}
+	switch f.kind {
+	case kindReady:
+		info, err := parseInfo(f.body)
+		if err != nil {
+			return hsm.Info{}, fmt.Errorf("greeting a worker: %w", err)
+		}
+		return info, p.conn.SetDeadline(time.Time{})
+	case kindFailed:
+		fail, err := parseFailure(f.body)
+		if err == nil {
+			err = fail
+		}
+		return hsm.Info{}, err
+	}
+	return hsm.Info{}, fmt.Errorf("greeting a worker: %w: kind %d", errFrame, f.kind)
+}
+
+// refuse ends all starts, and keeps the first reason; mu is held.
+func (t *Token) refuse(err error) {
+	if t.refused == nil {
+		t.refused = err
+		t.log.Error("the token's PIN is not tried again before an operator has seen to it", slog.Any("error", err))
+	}
+	if !t.serving() {
+		t.failWaiting(t.refused)
+	}
+}
+
+// admit has a child that is ready take requests.
+func (t *Token) admit(p *process) {
+	t.mu.Lock()
+	t.live = append(t.live, p)
+	t.down = nil
+	fed := t.feed(nil)
+	t.mu.Unlock()
+	t.running.Go(p.serve)
+	for _, q := range fed {
+		q.flush()
+	}
+	p.log.Info("worker serves")
+}
+
+// keep sees to it that there is one worker, until Close. p is the first; nil:
+// there is none yet.
+func (t *Token) keep(p *process) {
+	pause := time.Duration(0)
+	for {
+		if p == nil {
+			if p = t.raise(&pause); p == nil {
+				return
+			}
+		}
+		age := time.NewTimer(t.c.RecycleAge)
+		if t.c.RecycleAge < 0 {
+			age.Stop()
+		}
+		select {
+		case <-t.closing.Done():
+			t.end(p)
+			return
+		case <-p.dead:
+			if pause = 0; p.answered == 0 { // nobody else touches it any more
+				pause = minPause
+			}
+			p = nil
+		case <-p.retire:
+			p = t.succeed(p)
+		case <-age.C:
+			p = t.succeed(p)
+		}
+		age.Stop()
+	}
+}
+
+// raise starts a worker in place of one that died, as often as it takes. It
+// returns nil where none will start.
+func (t *Token) raise(pause *time.Duration) *process {
+	for {
+		if !t.sleep(*pause) {
+			return nil
+		}
+		p, err := t.start(t.closing, modeSign)
+		if err == nil {
+			t.admit(p)
+			return p
+		}
+		*pause = min(max(2**pause, minPause), maxPause)
+		t.mu.Lock()
+		t.down = err
+		refused := t.refused != nil
+		if !t.serving() {
+			t.failWaiting(err)
+		}
+		t.mu.Unlock()
+		if t.closing.Err() != nil {
+			return nil
+		}
+		if refused {
+			<-t.closing.Done()
+			return nil
+		}
+		t.log.Error("no worker could be started", slog.Any("error", err), slog.Duration("next", *pause))
+	}
+}
+
+// succeed replaces a worker that is old or does not work: first there is the
+// new one, then the old one ends. Where no other starts the old one stays.
+func (t *Token) succeed(p *process) *process {
+	if !t.due(p) {
+		t.end(p)
+		return nil
+	}
+	q, err := t.start(t.closing, modeSign)
+	if err != nil {
+		t.mu.Lock()
+		refused, draining := t.refused != nil, p.draining
+		t.mu.Unlock()
+		if draining || t.closing.Err() != nil {
+			t.end(p)
+			return nil
+		}
+		p.log.Error("worker has no successor and stays", slog.Any("error", err))
+		if refused { // and no start will do better
+			return p
+		}
+		p.born = time.Now() // so that it is not tried again at once
+		p.replace()
+		return p
+	}
+	t.admit(q)
+	t.end(p)
+	return q
+}
+
+// due waits until p is old enough to be replaced. It returns false where p is
+// to end without a successor: it has died, or none would log in.
+func (t *Token) due(p *process) bool {
+	t.mu.Lock()
+	refused := t.refused != nil && p.draining
+	t.mu.Unlock()
+	if refused {
+		return false
+	}
+	timer := time.NewTimer(time.Until(p.born.Add(replacePause)))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-p.dead:
+	case <-t.closing.Done():
+	}
+	return false
+}
+
+// end has a worker finish what it has, and end.
+func (t *Token) end(p *process) {
+	t.mu.Lock()
+	p.draining = true
+	p.checkDrained()
+	t.mu.Unlock()
+	select {
+	case <-p.drained:
+	case <-p.dead:
+	}
+	p.hangUp()
+	p.await(endTimeout)
+}
+
+// await waits for the end of a child; its time over, kills it.
+func (p *process) await(d time.Duration) {
+	late := time.AfterFunc(d, p.kill)
+	defer late.Stop()
+	<-p.dead
+}
+
+// sleep waits, and returns false at Close.
+func (t *Token) sleep(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return t.closing.Err() == nil
+	case <-t.closing.Done():
+		return false
+	}
+}
+
+// watch is the watchdog, until stop is closed: a call into a module cannot be
+// cancelled, so the process goes.
+func (t *Token) watch(stop <-chan struct{}) {
+	tick := time.NewTicker(max(t.c.CallTimeout/8, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-stop:
+			return
+		}
+		t.mu.Lock()
+		for _, p := range t.live {
+			if len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout {
+				p.hung = true
+				p.kill()
+			}
+		}
+		t.mu.Unlock()
+	}
+}
