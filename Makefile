@@ -3,7 +3,7 @@ GO          ?= go
 STATICCHECK  = $(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BUF          = $(GO) run github.com/bufbuild/buf/cmd/buf@v1.75.0
 GOOGLEAPIS   = github.com/gogo/googleapis@v1.4.1
-PURE         = . ./gateway/... ./agentproto/... ./formats/... ./cmd/...
+PURE         = . ./gateway/... ./agentproto/... ./formats/... ./internal/... ./cmd/...
 
 export GOFLAGS += -trimpath
 

@@ -1,7 +1,6 @@
 package keys
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -12,6 +11,7 @@ import (
 	"math/big"
 
 	"github.com/signwarden/signwarden/gateway/sigerr"
+	"github.com/signwarden/signwarden/internal/rsaverify"
 )
 
 // Scheme is how a key signs a digest.
@@ -141,7 +141,7 @@ func VerifySalted(pub crypto.PublicKey, s Scheme, h crypto.Hash, salt int, diges
 		}
 		switch s {
 		case PKCS1v15:
-			return verifyPKCS1v15(k, h, digest, sig)
+			return rsaverify.PKCS1v15(k, h, digest, sig)
 		case PSS:
 			if salt == 0 {
 				salt = rsa.PSSSaltLengthEqualsHash
@@ -170,42 +170,6 @@ func VerifySalted(pub crypto.PublicKey, s Scheme, h crypto.Hash, salt int, diges
 		return nil
 	}
 	return fmt.Errorf("scheme %q does not fit a %T", s, pub)
-}
-
-// digestInfo is the DER of RFC 8017 section 9.2, note 1, up to the digest.
-var digestInfo = map[crypto.Hash]string{
-	crypto.SHA256: "\x30\x31\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\x04\x20",
-	crypto.SHA384: "\x30\x41\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x02\x05\x00\x04\x30",
-	crypto.SHA512: "\x30\x51\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x03\x05\x00\x04\x40",
-}
-
-// verifyPKCS1v15 is RFC 8017 section 8.2.2, for a digest of h and a signature as
-// long as the modulus: it makes the one encoding that is right, and compares. It is
-// as strict as crypto/rsa's, which takes 310 us with 4096 bits where this takes 120,
-// because that takes no longer with one number than with another; here all are public.
-func verifyPKCS1v15(k *rsa.PublicKey, h crypto.Hash, digest, sig []byte) error {
-	s := new(big.Int).SetBytes(sig)
-	if s.Cmp(k.N) >= 0 {
-		return rsa.ErrVerification
-	}
-	// 0x00 0x01 0xff... 0x00 DigestInfo, with at least eight 0xff.
-	info := digestInfo[h]
-	pad := len(sig) - 3 - len(info) - len(digest)
-	if info == "" || pad < 8 || k.E < 3 {
-		return rsa.ErrVerification
-	}
-	want := make([]byte, 0, len(sig))
-	want = append(want, 0, 1)
-	for range pad {
-		want = append(want, 0xff)
-	}
-	want = append(want, 0)
-	want = append(append(want, info...), digest...)
-	got := s.Exp(s, big.NewInt(int64(k.E)), k.N).FillBytes(make([]byte, len(sig)))
-	if !bytes.Equal(got, want) {
-		return rsa.ErrVerification
-	}
-	return nil
 }
 
 // ECDSAToASN1 turns r||s into the DER that [crypto.Signer] is to return

@@ -93,9 +93,10 @@ func signAll(p *pipe, pool *hsm.Pool, sessions int) {
 	others.Wait()
 }
 
-// quick is how long an answer may wait for others to be written with it, and
-// how long the work on a request may take for that.
-const quick = 300 * time.Microsecond
+// holding is how long an answer may wait for others to be written with it, where
+// more requests are queued here: each write wakes the parent, which takes a CPU from
+// a child that works. Who has requests queued waits for longer than that anyway.
+const holding = 4 * time.Millisecond
 
 // signOn answers on this thread. alone: no other thread does, so answers can be
 // held back.
@@ -109,14 +110,13 @@ func signOn(p *pipe, pool *hsm.Pool, alone bool) {
 			return
 		}
 		own = f.body
-		began := time.Now()
 		kind := kindDone
 		var err error
 		reply, err = answer(ctx, pool, f, reply[:0])
 		if err != nil {
 			kind, reply = kindFailed, appendFailure(reply[:0], err)
 		}
-		p.send(kind, f.number, reply, alone && next && time.Since(began) < quick)
+		p.send(kind, f.number, reply, alone && next)
 	}
 }
 
@@ -195,7 +195,6 @@ type pipe struct {
 	writing sync.Mutex // guards the next two; held while answers are written
 	out     []byte
 	oldest  time.Time // when the first of out came
-
 }
 
 // next waits for a frame; its body is copied to own. more: two further ones are
@@ -263,7 +262,7 @@ func (p *pipe) send(kind byte, number uint32, body []byte, hold bool) {
 	if hold {
 		if len(p.out) == 0 {
 			p.oldest = time.Now()
-		} else if time.Since(p.oldest) > quick {
+		} else if time.Since(p.oldest) > holding {
 			hold = false
 		}
 	}
