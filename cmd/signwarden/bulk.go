@@ -25,6 +25,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/cmd/internal/sched"
 )
 
 // The bounds of a bulk run.
@@ -352,6 +353,9 @@ func (b *bulk) each(n int, ask func(i int) error) error {
 
 // begin sets output up: JSON lines, a bar on a terminal, else a line a file.
 func (b *bulk) begin(n int) {
+	if n > 1 {
+		_ = sched.Batch() // without, it is as right, and slower
+	}
 	// Little is kept and much is thrown away: headers, buffers, messages.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(bulkGC)

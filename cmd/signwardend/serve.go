@@ -21,6 +21,7 @@ import (
 	"github.com/signwarden/signwarden/agentproto/p11token"
 	"github.com/signwarden/signwarden/agentproto/sshagent"
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/cmd/internal/sched"
 	"github.com/signwarden/signwarden/cmd/internal/sockets"
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/config"
@@ -75,7 +76,11 @@ func serve(ctx context.Context, flags *dirFlags, conf config.Config) error {
 	defer signal.Stop(signals)
 
 	d := &daemon{flags: flags, conf: conf, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
-	var err error
+	// Before the workers start, which inherit it.
+	err := sched.Batch()
+	if err != nil {
+		d.log.Warn("the gateway serves, and is slower under load", "error", err)
+	}
 	d.tls, err = grpcapi.NewTLS(tlsFiles(conf.TLS))
 	if err != nil {
 		return exit.Hint(fmt.Errorf("it does not serve without TLS: %w", err), "`signwardend check` examines the files")
