@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"github.com/signwarden/signwarden/hsm"
 )
@@ -85,11 +86,12 @@ func (h hello) open() (*hsm.Pool, error) {
 // reads a request, signs, and writes the answer, all by itself. A request that
 // is handed over costs a switch between threads, 20 to 60 µs.
 func signAll(p *pipe, pool *hsm.Pool, sessions int) {
+	p.alone = sessions == 1
 	var others sync.WaitGroup
 	for range sessions - 1 {
-		others.Go(func() { signOn(p, pool, false) })
+		others.Go(func() { signOn(p, pool) })
 	}
-	signOn(p, pool, sessions == 1)
+	signOn(p, pool)
 	others.Wait()
 }
 
@@ -98,9 +100,8 @@ func signAll(p *pipe, pool *hsm.Pool, sessions int) {
 // a child that works. Who has requests queued waits for longer than that anyway.
 const holding = 4 * time.Millisecond
 
-// signOn answers on this thread. alone: no other thread does, so answers can be
-// held back.
-func signOn(p *pipe, pool *hsm.Pool, alone bool) {
+// signOn answers on this thread. Where no other does, answers are held back.
+func signOn(p *pipe, pool *hsm.Pool) {
 	runtime.LockOSThread()
 	ctx := context.Background() // never ends, by which the pool works on this thread; the parent kills what hangs
 	var own, reply []byte
@@ -116,7 +117,7 @@ func signOn(p *pipe, pool *hsm.Pool, alone bool) {
 		if err != nil {
 			kind, reply = kindFailed, appendFailure(reply[:0], err)
 		}
-		p.send(kind, f.number, reply, alone && next)
+		p.send(kind, f.number, reply, p.alone && next)
 	}
 }
 
@@ -191,6 +192,7 @@ type pipe struct {
 	from    int // where what has not been taken begins
 	to      int // and ends
 	ended   bool
+	alone   bool // one thread uses the pipe; set before another could
 
 	writing sync.Mutex // guards the next two; held while answers are written
 	out     []byte
@@ -225,17 +227,29 @@ func (p *pipe) next(own []byte) (f frame, more, ok bool) {
 			p.to = copy(p.buf, p.buf[p.from:p.to])
 			p.from = 0
 		}
-		read, err := syscall.Read(pipeFD, p.buf[p.to:])
-		if errors.Is(err, syscall.EINTR) {
+		read, errno := p.read(p.buf[p.to:])
+		if errno == syscall.EINTR {
 			continue
 		}
-		if err != nil || read <= 0 {
+		if errno != 0 || read == 0 {
 			break
 		}
 		p.to += read
 	}
 	p.ended = true
 	return frame{}, false, false
+}
+
+// read reads what is there, or waits. Where this is the only thread that has anything to
+// do the runtime is not told that it waits: it would let its monitor sleep, and wake it for
+// each request, to look on 50 times a millisecond.
+func (p *pipe) read(b []byte) (int, syscall.Errno) {
+	call := syscall.Syscall
+	if p.alone {
+		call = syscall.RawSyscall
+	}
+	n, _, errno := call(syscall.SYS_READ, pipeFD, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+	return int(n), errno
 }
 
 // likely says whether g will take as long as f: it is for the same key.
