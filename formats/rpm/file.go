@@ -76,10 +76,15 @@ var realDisk = disk{
 
 func writeSync(f *os.File, b []byte, off int64) error {
 	n, err := unix.Pwritev2(int(f.Fd()), [][]byte{b}, off, unix.RWF_DSYNC)
-	if err == nil && n < len(b) {
-		err = io.ErrShortWrite
+	if err == nil && n == len(b) {
+		return nil
 	}
-	return err
+	// Cut off by a signal, or a file system that does not know how.
+	_, err = f.WriteAt(b, off)
+	if err != nil {
+		return err
+	}
+	return unix.Fdatasync(int(f.Fd()))
 }
 
 // dirSyncs has directories on the disk. Who comes while a directory is being synced shares the next sync of it with all

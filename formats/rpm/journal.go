@@ -141,9 +141,11 @@ func (j *Journal) open(dir string) *os.File {
 		return nil
 	}
 	err = lock(f, path)
-	if err == nil {
-		err = j.d.syncDir(dir)
+	if err != nil { // another has found it empty, and has perhaps made his own
+		f.Close()
+		return nil
 	}
+	err = j.d.syncDir(dir)
 	if err != nil {
 		j.d.remove(path) // best effort: it is empty
 		f.Close()

@@ -133,7 +133,7 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 	}
 	l.waiting = append(l.waiting, p)
 	group := l.next()
-	if group == nil && !l.committing && len(l.waiting) == 1 {
+	if group == nil && !l.committing && (len(l.waiting) == 1 || x == nil) {
 		l.linger.Reset(time.Until(p.due))
 	}
 	l.mu.Unlock()

@@ -417,9 +417,17 @@ func TestUnexpectedAmongExpected(t *testing.T) {
 		for range 100 {
 			defer l.Expect().Cancel()
 		}
+		x := l.Expect()
+		time.Sleep(time.Second)
+		waiting := make(chan error)
+		go func() { _, err := x.Append(entry(1), nil); waiting <- err }()
+		synctest.Wait()
 		start := time.Now()
 		if _, err := l.Append(entry(0)); err != nil || time.Since(start) != 0 {
 			t.Errorf("%v, after %v", err, time.Since(start))
+		}
+		if err := <-waiting; err != nil || time.Since(start) != 0 {
+			t.Errorf("who waited with it: %v, after %v", err, time.Since(start))
 		}
 		l.Close()
 		if _, err := l.Expect().Append(entry(1), nil); !errors.Is(err, audit.ErrClosed) {
