@@ -212,7 +212,7 @@ func TestAgentSystemd(t *testing.T) {
 
 	units := t.TempDir()
 	all, err := filepath.Glob("../packaging/systemd/user/*")
-	if err != nil || len(all) != 4 {
+	if err != nil || len(all) != 5 {
 		t.Fatalf("units %v, %v", all, err)
 	}
 	for _, unit := range all {

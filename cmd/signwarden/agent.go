@@ -58,7 +58,7 @@ for another path set P11_KIT_SERVER_ADDRESS=unix:path=PATH.
 
 An ssh-agent socket signs what ssh-keygen -Y sign and git (gpg.format=ssh) ask for, where a
 rule allows ssh-sig; rules can say which namespaces. Logins need a rule that names the
-format ssh-auth; "*" is not enough. "auto" is $XDG_RUNTIME_DIR/signwarden/ssh: tools have
+format ssh-auth ("*" is not enough), or a blind one for an RSA or EC key on the other sockets. "auto" is $XDG_RUNTIME_DIR/signwarden/ssh: tools have
 to be told, SSH_AUTH_SOCK=PATH.
 
 It starts while the gateway is away too: tools are told "Not operational" until it answers.`,

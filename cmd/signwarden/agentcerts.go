@@ -136,7 +136,7 @@ func (s *setup) importX509(all []client.Key) error {
 			}
 		}
 		line := fmt.Sprintf("%s: X.509 certificate %s of %s", k.Name, x509Fingerprint(k.X509[0].Raw), k.X509[0].Subject)
-		if root := k.X509[len(k.X509)-1]; len(k.X509) > 1 || !bytes.Equal(root.RawSubject, root.RawIssuer) {
+		if needsRoot(k) {
 			line += "; gpgsm signs with it only if the agent has its root: --trusted-root FILE"
 		}
 		told = append(told, line)
@@ -224,3 +224,10 @@ func (s *setup) ownertrust() (map[string]string, error) {
 
 // x509Fingerprint is what gpgsm names a certificate by.
 func x509Fingerprint(der []byte) string { return fmt.Sprintf("%X", sha1.Sum(der)) }
+
+// needsRoot reports whether a key's certificate was issued by a CA, so that gpgsm wants its
+// root.
+func needsRoot(k client.Key) bool {
+	last := k.X509[len(k.X509)-1]
+	return len(k.X509) > 1 || !bytes.Equal(last.RawSubject, last.RawIssuer)
+}

@@ -280,6 +280,19 @@ func checkGnuPG(_ context.Context, _ *patient) []finding {
 	return ok("%s is set up", dir)
 }
 
+// askTimeout is how long another program may take to answer: what it asks may be the very
+// thing that hangs.
+const askTimeout = 5 * time.Second
+
+// ask runs a program, with all that it prints as the answer.
+func ask(ctx context.Context, name string, args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.WaitDelay = time.Second
+	return cmd.CombinedOutput()
+}
+
 func checkGPGAgent(ctx context.Context, _ *patient) []finding {
 	socket, err := gpgSocket(config.WordAuto, os.Environ())
 	if err != nil {
@@ -288,8 +301,7 @@ func checkGPGAgent(ctx context.Context, _ *patient) []finding {
 	if _, err := os.Lstat(socket); err != nil {
 		return noted("signwarden agent --gpg-socket auto", "nothing serves %s", socket)
 	}
-	cmd := exec.CommandContext(ctx, "gpg-connect-agent", "--no-autostart", "GETINFO version", "/bye")
-	out, err := cmd.CombinedOutput()
+	out, err := ask(ctx, "gpg-connect-agent", "--no-autostart", "GETINFO version", "/bye")
 	version, _, _ := strings.Cut(strings.TrimPrefix(string(out), "D "), "\n")
 	switch {
 	case err != nil || !strings.HasPrefix(string(out), "D "):

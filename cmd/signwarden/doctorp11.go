@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -117,7 +116,7 @@ func checkOpenSSL(ctx context.Context, _ *patient) []finding {
 	if noEngine != nil {
 		return append(ok("pkcs11-provider"), noted("apt-get install libengine-pkcs11-openssl, or dnf install openssl-pkcs11", "libp11's engine is not installed: sbsign, evmctl and openssl -engine pkcs11 need it")...)
 	}
-	if out, err := exec.CommandContext(ctx, "openssl", "engine", "pkcs11").CombinedOutput(); err != nil {
+	if out, err := ask(ctx, "openssl", "engine", "pkcs11"); err != nil {
 		line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
 		return bad("look at OPENSSL_CONF and OPENSSL_ENGINES; `signwarden agent setup --p11` writes a configuration that works", "OpenSSL does not load the engine: %s", line)
 	}

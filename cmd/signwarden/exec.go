@@ -44,7 +44,7 @@ The command also finds those keys and their X.509 certificates in a PKCS#11 toke
 PKCS11_PROVIDER_MODULE and OPENSSL_CONF are set for it. No PIN is asked for.
 
 SSH_AUTH_SOCK is set as well: ssh-keygen -Y sign and git (gpg.format=ssh) sign with those
-keys. Logins by ssh do so only where a rule names ssh-auth. A command that is to log in
+keys. ssh logs in by that agent only where a rule names ssh-auth. A command that is to log in
 with your own agent gets it back: signwarden exec -- env SSH_AUTH_SOCK="$SSH_AUTH_SOCK" git push
 
 Name a key to gpg by its user id, address or fingerprint: signwarden key list; to

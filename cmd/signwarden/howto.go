@@ -26,7 +26,7 @@ type howto struct {
 var howtos = []howto{
 	{"gpg", "openpgp", needOpenPGP, []string{"signwarden exec -- gpg --local-user FPR --output file.sig --detach-sign file"}},
 	{"git", "openpgp", needOpenPGP, []string{"signwarden exec -- git tag -s -u FPR -m v1.0 v1.0"}},
-	{"rpmsign", "openpgp", needOpenPGP, []string{"signwarden exec -- rpmsign --define '_gpg_name FPR' --addsign package.rpm"}},
+	{"rpmsign", "openpgp", needOpenPGPRPM, []string{"signwarden exec -- rpmsign --define '_gpg_name FPR' --addsign package.rpm"}},
 	{"debsign", "openpgp", needOpenPGP, []string{"signwarden exec -- debsign -k FPR package.changes"}},
 	{"ssh-keygen", "ssh-sig:file", needNothing, []string{
 		"signwarden key export NAME --format ssh >NAME.pub",
@@ -36,7 +36,7 @@ var howtos = []howto{
 		"signwarden key export NAME --format ssh >NAME.pub",
 		`signwarden exec -- git -c gpg.format=ssh -c user.signingkey="$PWD/NAME.pub" tag -s -m v1.0 v1.0`,
 	}},
-	{"gpgsm", "openpgp", needX509, []string{"signwarden exec -- gpgsm --local-user SHA1 --include-certs -1 --output file.p7s --detach-sign file"}},
+	{"gpgsm", "openpgp", needX509, []string{"signwarden execROOT -- gpgsm --local-user SHA1 --include-certs -1 --output file.p7s --detach-sign file"}},
 	{"openssl cms, engine", formatPKCS11, needX509, []string{
 		"signwarden exec -- openssl cms -sign -binary -engine pkcs11 -keyform engine -inkey 'URI;type=private' -signer NAME.pem -in file -outform der -out file.p7",
 	}},
@@ -80,6 +80,13 @@ func needOpenPGP(k client.Key) string {
 		return "the key has no OpenPGP certificate, which is made with a key: signwarden key create NAME --openpgp-uid ..."
 	}
 	return ""
+}
+
+func needOpenPGPRPM(k client.Key) string {
+	if k.Algorithm == keys.P256 || k.Algorithm == keys.P384 {
+		return "rpm before 4.20 takes no ECDSA signatures; " + string(k.Algorithm) + " keys sign packages for newer ones by signwarden sign rpm"
+	}
+	return needOpenPGP(k)
 }
 
 func needP11(k client.Key) string {
@@ -202,7 +209,12 @@ func placeholders(k client.Key) (*strings.Replacer, error) {
 		pairs = append(pairs, "FPR", cert.Fingerprint().String())
 	}
 	if len(k.X509) > 0 {
-		pairs = append(pairs, "SHA1", x509Fingerprint(k.X509[0].Raw))
+		// gpgsm signs only where its agent has the root, which for a CA's is not known here.
+		root := ""
+		if needsRoot(k) {
+			root = " --trusted-root ROOT.pem"
+		}
+		pairs = append(pairs, "SHA1", x509Fingerprint(k.X509[0].Raw), "execROOT", "exec"+root)
 	}
 	return strings.NewReplacer(pairs...), nil
 }

@@ -247,7 +247,16 @@ func (s *p11Setup) remove() error {
 		s.say("setup --p11 has made nothing here, or it has been taken back")
 		return nil
 	}
+	files, err := s.files()
+	if err != nil {
+		return err
+	}
 	for path := range s.done.Files {
+		// The record is only words: another user may have written it, where HOME is his.
+		if !slices.ContainsFunc(files, func(f p11File) bool { return f.path == path }) {
+			s.say("%s: setup makes no such file; it stays", path)
+			continue
+		}
 		there, err := s.ours(path)
 		switch {
 		case !there && err == nil:
@@ -272,7 +281,9 @@ func (s *p11Setup) remove() error {
 
 // opensslDirectories asks OpenSSL where it looks for things.
 func opensslDirectories(env []string) map[string]string {
-	cmd := exec.Command("openssl", "version", "-d", "-e", "-m")
+	ctx, cancel := context.WithTimeout(context.Background(), askTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "openssl", "version", "-d", "-e", "-m")
 	cmd.Env = env
 	out, err := cmd.Output()
 	if err != nil {

@@ -29,7 +29,8 @@ rules:
     may: [sign, read]               # sign, read, admin
     formats: [openpgp, rpm]         # or "*", all but ssh-auth; needed with sign
     blind: true                     # may sign bare digests: gpg, rpmsign, this client
-                                    # without content
+                                    # without content. They can be of anything: with an
+                                    # RSA or EC key, of a login by ssh too
     hashes: [sha256, sha512]        # default: sha256, sha384, sha512
     not_before: 2027-01-01T00:00:00Z
     not_after: 2027-12-31T23:59:59Z

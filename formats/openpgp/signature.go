@@ -225,7 +225,7 @@ func (s *Signature) check(pkt []byte) error {
 		return err
 	}
 	k, ok := s.key.Public.(*rsa.PublicKey)
-	if !ok {
+	if !ok || sig.RSASignature == nil {
 		return s.key.parsed.VerifySignature(h, sig)
 	}
 	_, err = h.Write(sig.HashSuffix)

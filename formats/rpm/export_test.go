@@ -80,6 +80,6 @@ func ParseUndo(b []byte) ([]byte, error) {
 
 // ParseSlot reads a slot of a journal.
 func ParseSlot(b []byte) (name string, ok bool) {
-	name, _, ok = parseSlot(b)
-	return name, ok
+	s, ok := parseSlot(b)
+	return s.name, ok
 }

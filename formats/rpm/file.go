@@ -194,7 +194,7 @@ func (d disk) applyInPlace(path string, u *Update, o FileOptions, j *Journal) er
 // keeper is where the undo record of the package at path goes.
 func (d disk) keeper(path string, old int, j *Journal) keeper {
 	if j != nil {
-		s := j.slot(path, undoFixed+old+sha256.Size)
+		s := j.slot(path, undoFixed+2*old+sha256.Size)
 		if s != nil {
 			return s
 		}
@@ -362,20 +362,12 @@ func finished(path string, j *Journal) error {
 	if !errors.Is(err, os.ErrNotExist) || j.has(filepath.Dir(path)) {
 		return unlessMissing(err)
 	}
-	journal := filepath.Join(filepath.Dir(path), journalName)
-	f, err := os.OpenFile(journal, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return unlessMissing(err)
+	f, _, err := openJournal(filepath.Dir(path), ownerOf(path))
+	if err != nil || f == nil {
+		return err
 	}
-	defer f.Close()
-	err = lock(f, journal)
-	if err == nil {
-		return ErrUnfinished
-	}
-	if errors.Is(err, ErrLocked) || errors.Is(err, ErrChanged) {
-		return nil // of a process that is alive: none in it is of this package, which we have locked
-	}
-	return unlessMissing(err)
+	f.Close()
+	return ErrUnfinished
 }
 
 func unlessMissing(err error) error {

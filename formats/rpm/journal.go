@@ -21,8 +21,8 @@ import (
 // journalName is that of a Journal's file in a directory.
 const journalName = ".signwarden-undo"
 
-// slotSize is the room of one undo record in a Journal's file, in bytes: twice what a signature header with two signatures
-// of RSA-4096 and its reserve takes, and more. A larger record has a file of its own.
+// slotSize is the room of one undo record in a Journal's file, in bytes. It has the old and the new signature header, which
+// with two signatures of RSA-4096 and the reserve are some 6 KiB each. A larger record has a file of its own.
 const slotSize = 64 << 10
 
 // maxSlots bounds a Journal's file. Who comes when all are taken has a file of its own.
@@ -37,6 +37,8 @@ const maxSlots = 1024
 // overwritten. Where there can be no such file, or another process has one, each record is in a file of its own.
 type Journal struct {
 	d disk
+
+	recovering sync.Mutex // held by Recover: of the packages of one journal all wait until it is settled
 
 	mu   sync.Mutex // guards dirs and what is in them; held while a file is made, and else for a few instructions
 	dirs map[string]*journalFile
@@ -60,6 +62,8 @@ func (j *Journal) ApplyInPlace(path string, u *Update, o FileOptions) error {
 
 // Recover is the function of that name.
 func (j *Journal) Recover(path string, o FileOptions) (Recovery, error) {
+	j.recovering.Lock()
+	defer j.recovering.Unlock()
 	return j.d.recover(path, o, j)
 }
 
@@ -132,7 +136,7 @@ func (j *Journal) open(dir string) *os.File {
 	f, err := j.d.create(path, os.O_EXCL)
 	if errors.Is(err, os.ErrExist) {
 		// Of another process, which is killed, or at work.
-		_, err = j.d.recoverJournal(dir, "")
+		_, err = j.d.recoverJournal(dir, "", uint32(os.Geteuid()))
 		if err == nil {
 			f, err = j.d.create(path, os.O_EXCL)
 		}
@@ -166,20 +170,21 @@ type slot struct {
 // name, and a checksum.
 const slotFixed = 1 + 4 + 2 + sha256.Size
 
-func (s *slot) write(r undo) error {
+func (s *slot) write(r undo, new []byte) error {
 	record := r.marshal()
-	b := make([]byte, 0, slotFixed+len(s.name)+len(record))
+	b := make([]byte, 0, slotFixed+len(s.name)+len(record)+len(new))
 	b = append(b, 1)
-	b = binary.BigEndian.AppendUint32(b, uint32(2+len(s.name)+len(record)))
+	b = binary.BigEndian.AppendUint32(b, uint32(2+len(s.name)+len(record)+len(new)))
 	b = binary.BigEndian.AppendUint16(b, uint16(len(s.name)))
 	b = append(b, s.name...)
+	b = append(b, new...)
 	b = append(b, record...)
 	sum := sha256.Sum256(b)
 	return s.j.d.writeSync(s.file.f, append(b, sum[:]...), s.at)
 }
 
-// discard marks the record as one that is not needed. It needs not be on the disk: of a package that was written whole and
-// is on the disk Recover finds that.
+// discard marks the record as one that is not needed. That needs not be on the disk: of a package that was written whole
+// Recover finds that it is, or that somebody has written another since.
 func (s *slot) discard() error {
 	err := s.j.d.write(s.file.f, []byte{0}, s.at)
 	s.j.mu.Lock()
@@ -199,79 +204,151 @@ func (s *slot) leave() {
 	s.file.stuck = true
 }
 
+// slotRecord is what is in a slot.
+type slotRecord struct {
+	name string // of the package
+	undo undo
+	new  []byte // what was to be written; as long as undo.old
+}
+
 // parseSlot reads what is in a slot; ok is false where no record is needed: there is none, or it was never whole, and so
 // its package was not touched.
-func parseSlot(b []byte) (name string, r undo, ok bool) {
+func parseSlot(b []byte) (s slotRecord, ok bool) {
 	if len(b) < slotFixed || b[0] != 1 {
-		return "", undo{}, false
+		return slotRecord{}, false
 	}
 	n := int64(binary.BigEndian.Uint32(b[1:]))
 	if n < 2 || n > int64(len(b)-5-sha256.Size) {
-		return "", undo{}, false
+		return slotRecord{}, false
 	}
 	end := 5 + n
 	if sum := sha256.Sum256(b[:end]); !bytes.Equal(sum[:], b[end:end+sha256.Size]) {
-		return "", undo{}, false
+		return slotRecord{}, false
 	}
-	length := int64(binary.BigEndian.Uint16(b[5:]))
-	if length > n-2 {
-		return "", undo{}, false
+	length := int(binary.BigEndian.Uint16(b[5:]))
+	b = b[7:end]
+	if length > len(b) {
+		return slotRecord{}, false
 	}
-	name = string(b[7 : 7+length])
-	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
-		return "", undo{}, false
+	s.name, b = string(b[:length]), b[length:]
+	if s.name == "" || s.name == "." || s.name == ".." || strings.ContainsAny(s.name, "/\x00") {
+		return slotRecord{}, false
 	}
-	r, err := parseUndo(b[7+length : end])
-	return name, r, err == nil
+	// Old and new are of one length, and the rest of a record has its own.
+	length = (len(b) - undoFixed - sha256.Size) / 2
+	if length < 0 {
+		return slotRecord{}, false
+	}
+	s.new = bytes.Clone(b[:length])
+	var err error
+	s.undo, err = parseUndo(bytes.Clone(b[length:]))
+	return s, err == nil && len(s.undo.old) == length
 }
 
-// recoverJournal puts in order what a killed process was overwriting in a directory, and says what it found of the package
-// with that name. A journal that is locked is of a process that is alive, and left alone.
-func (d disk) recoverJournal(dir, name string) (Recovery, error) {
-	path := filepath.Join(dir, journalName)
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return Clean, nil
+// torn says whether a signature header is what a write of new over old leaves that was cut off: each byte of one of them.
+// Anything else was written later.
+func (s slotRecord) torn(now []byte) bool {
+	for i, b := range now {
+		if b != s.undo.old[i] && b != s.new[i] {
+			return false
+		}
 	}
+	return true
+}
+
+// openJournal opens and locks the journal of a directory that a killed process has left; nil: there is none to be
+// recovered. One that is not the caller's nor owner's, of whom a package is, is none: whoever may write to the directory
+// could have us write what he likes. One that is locked is of a process that is alive; where that recovers it, openJournal
+// waits until it has.
+func openJournal(dir string, owner uint32) (*os.File, os.FileInfo, error) {
+	path := filepath.Join(dir, journalName)
+	info, err := os.Lstat(path)
+	if err != nil {
+		return nil, nil, unlessMissing(err)
+	}
+	uid := info.Sys().(*syscall.Stat_t).Uid
+	if !info.Mode().IsRegular() || int(uid) != os.Geteuid() && uid != owner {
+		return nil, nil, nil
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, os.ErrPermission) {
-		return Clean, fmt.Errorf("%w, or goes on: %w; whoever began it can put it in order", ErrUnfinished, err)
+		return nil, nil, fmt.Errorf("%w, or goes on: %w; whoever began it can put it in order", ErrUnfinished, err)
 	}
 	if err != nil {
+		return nil, nil, unlessMissing(err)
+	}
+	err = lock(f, path)
+	if errors.Is(err, ErrLocked) {
+		var now os.FileInfo
+		now, err = f.Stat()
+		if err == nil && now.Mode()&recovering != 0 {
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+			if err == nil {
+				err = lock(f, path)
+			}
+		} else if err == nil {
+			err = ErrChanged // it is at work
+		}
+	}
+	if err == nil {
+		info, err = f.Stat()
+	}
+	if err == nil && (!info.Mode().IsRegular() || info.Sys().(*syscall.Stat_t).Uid != uid) {
+		err = ErrChanged
+	}
+	if err == nil {
+		return f, info, nil
+	}
+	f.Close()
+	if errors.Is(err, ErrChanged) {
+		err = nil
+	}
+	return nil, nil, unlessMissing(err)
+}
+
+// recovering is in the mode of a journal that is being recovered.
+const recovering = 0o100
+
+// recoverJournal puts in order what a killed process was overwriting in a directory, and says what it found of the package
+// with that name. What it cannot put in order stays, and the journal with it; that is an error only if it is of that
+// package, or name is empty.
+func (d disk) recoverJournal(dir, name string, owner uint32) (Recovery, error) {
+	f, info, err := openJournal(dir, owner)
+	if err != nil || f == nil {
 		return Clean, err
 	}
 	defer f.Close()
-	err = lock(f, path)
-	if errors.Is(err, ErrLocked) || errors.Is(err, ErrChanged) || errors.Is(err, os.ErrNotExist) {
-		return Clean, nil
-	}
+	path := f.Name()
+	err = f.Chmod(0o600 | recovering)
 	if err != nil {
-		return Clean, err
+		return Clean, fmt.Errorf("recovering %s: %w", path, err)
 	}
-	info, err := f.Stat()
-	if err != nil {
-		return Clean, err
-	}
-	if !info.Mode().IsRegular() {
-		return Clean, fmt.Errorf("%w: %s is not ours", ErrUnsupported, path)
-	}
-	found := Clean
+	found, left := Clean, error(nil)
 	b := make([]byte, slotSize)
 	for at := int64(0); at < min(info.Size(), maxSlots*slotSize); at += slotSize {
 		n, err := f.ReadAt(b, at)
 		if err != nil && !errors.Is(err, io.EOF) {
 			return Clean, fmt.Errorf("reading %s: %w", path, err)
 		}
-		of, r, ok := parseSlot(b[:n])
+		s, ok := parseSlot(b[:n])
 		if !ok {
 			continue
 		}
-		how, err := d.recoverSlot(filepath.Join(dir, of), r, info.Sys().(*syscall.Stat_t).Uid, markOf{d, f, at})
+		how, err := d.recoverSlot(filepath.Join(dir, s.name), s, info.Sys().(*syscall.Stat_t).Uid, markOf{d, f, at})
 		if err != nil {
-			return Clean, fmt.Errorf("recovering %s: %w", filepath.Join(dir, of), err)
+			err = fmt.Errorf("recovering %s: %w", filepath.Join(dir, s.name), err)
+			if s.name == name || name == "" {
+				return Clean, err
+			}
+			left = err
+			continue
 		}
-		if of == name {
+		if s.name == name {
 			found = how
 		}
+	}
+	if left != nil {
+		return found, nil // the next one tries again
 	}
 	return found, d.discard(path)
 }
@@ -286,7 +363,7 @@ type markOf struct {
 func (m markOf) discard() error { return m.d.write(m.f, []byte{0}, m.at) }
 
 // recoverSlot settles one package. The journal must be its owner's or the caller's: see readUndo.
-func (d disk) recoverSlot(path string, r undo, owner uint32, record discarder) (Recovery, error) {
+func (d disk) recoverSlot(path string, s slotRecord, owner uint32, record discarder) (Recovery, error) {
 	// Whoever overwrote it was allowed to.
 	_, f, err := lockPackage(path, os.O_RDWR, FileOptions{HardLinks: true})
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, ErrLink) || errors.Is(err, ErrUnsupported) {
@@ -303,5 +380,5 @@ func (d disk) recoverSlot(path string, r undo, owner uint32, record discarder) (
 	if int(owner) != os.Geteuid() && owner != info.Sys().(*syscall.Stat_t).Uid {
 		return Clean, fmt.Errorf("%w: its undo record is of another user", ErrUnsupported)
 	}
-	return d.settle(f, record, r)
+	return d.settle(f, record, s.undo, s.torn)
 }

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 
@@ -130,17 +131,18 @@ func TestJournalRecovered(t *testing.T) {
 		}
 		wantError(t, rpm.ApplyInPlace(path, u, rpm.FileOptions{}), rpm.ErrUnfinished)
 	}
-	// Signed by others meanwhile, gone, and with a package of the same name in its place.
-	signed := apply(t, u, old)
+	// Signed meanwhile, as it was to be and with another key, gone, and with a package of the same name in its place.
+	signed, other := apply(t, u, old), apply(t, update(t, old, ed()), old)
 	replaced := bytes.Replace(bytes.Clone(old), []byte("Test Vendor"), []byte("Best Vendor"), 1)
-	if err := errors.Join(os.WriteFile(paths[1], signed, 0o600), os.Remove(paths[2]), os.WriteFile(paths[3], replaced, 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(paths[1], signed, 0o600), os.Remove(paths[2]), os.WriteFile(paths[3], replaced, 0o600),
+		os.WriteFile(paths[4], other, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	got, err := rpm.Recover(paths[1], rpm.FileOptions{})
 	if err != nil || got != rpm.Completed {
 		t.Errorf("Recover of the signed one: %v, %v", got, err)
 	}
-	for i, want := range [][]byte{old, signed, nil, replaced, old} {
+	for i, want := range [][]byte{old, signed, nil, replaced, other} {
 		if want != nil && !bytes.Equal(read(t, paths[i]), want) {
 			t.Errorf("%s is not what it should be", paths[i])
 		}
@@ -177,7 +179,7 @@ func TestForeignJournal(t *testing.T) {
 	if err := os.Symlink(target, journalPath(paths[0])); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := rpm.Recover(paths[0], rpm.FileOptions{}); err == nil || !bytes.Equal(read(t, paths[0]), torn) {
+	if got, err := rpm.Recover(paths[0], rpm.FileOptions{}); got != rpm.Clean || err != nil || !bytes.Equal(read(t, paths[0]), torn) {
 		t.Errorf("a symbolic link was followed: %v", err)
 	}
 	if err := os.Remove(journalPath(paths[0])); err != nil {
@@ -191,10 +193,65 @@ func TestForeignJournal(t *testing.T) {
 	if err := os.Chown(journalPath(paths[0]), 1234, 1234); err != nil {
 		t.Fatal(err)
 	}
-	_, err := rpm.Recover(paths[0], rpm.FileOptions{})
-	wantError(t, err, rpm.ErrUnsupported)
-	if !bytes.Equal(read(t, paths[0]), torn) {
-		t.Error("another user's record was followed")
+	if got, err := rpm.Recover(paths[0], rpm.FileOptions{}); got != rpm.Clean || err != nil || !bytes.Equal(read(t, paths[0]), torn) {
+		t.Errorf("another user's record was followed: %v, %v", got, err)
+	}
+	// Nor does it keep anybody from signing there.
+	free := filepath.Join(filepath.Dir(paths[0]), "free.rpm")
+	if err := os.WriteFile(free, old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	j := rpm.NewJournal()
+	if err := errors.Join(j.ApplyInPlace(free, u, rpm.FileOptions{}), j.Close()); err != nil || !bytes.Equal(read(t, free), apply(t, u, old)) {
+		t.Errorf("beside another user's journal: %v", err)
+	}
+}
+
+// While one recovers a journal, who signs a package of it waits: what is signed then is not taken back.
+func TestJournalRecoveredMeanwhile(t *testing.T) {
+	old := demo(t)
+	u := update(t, old, rsa2048())
+	second := update(t, old, ed())
+	for _, shared := range []bool{true, false} {
+		paths := many(t, old, 8)
+		tornJournal(t, paths, old, u)
+		disk := rpm.NewHookedDisk(func(s rpm.Step) error {
+			if s.Name == "sync" {
+				runtime.Gosched() // the others are to come in between
+			}
+			return s.Do()
+		})
+		one := disk.Journal()
+		var wg sync.WaitGroup
+		errs := make([]error, len(paths))
+		for i, path := range paths {
+			j := one
+			if !shared {
+				j = disk.Journal()
+			}
+			wg.Go(func() {
+				_, err := j.Recover(path, rpm.FileOptions{})
+				for errors.Is(err, rpm.ErrLocked) || errors.Is(err, rpm.ErrChanged) {
+					_, err = j.Recover(path, rpm.FileOptions{})
+				}
+				if err == nil {
+					err = j.ApplyInPlace(path, second, rpm.FileOptions{})
+				}
+				errs[i] = err
+			})
+		}
+		wg.Wait()
+		_ = one.Close()
+		want := apply(t, second, old)
+		for i, path := range paths {
+			if got := read(t, path); errs[i] == nil && !bytes.Equal(got, want) {
+				t.Errorf("shared %t: %s was signed, and is not", shared, path)
+			} else if errs[i] != nil && shared {
+				t.Errorf("shared: %s: %v", path, errs[i])
+			} else if errs[i] != nil && !bytes.Equal(got, old) {
+				t.Errorf("%s failed with %v, and is not the old one", path, errs[i])
+			}
+		}
 	}
 }
 

@@ -94,14 +94,14 @@ type discarder interface{ discard() error }
 // A keeper is the place of an undo record: a file beside the package, or a slot of a Journal.
 type keeper interface {
 	discarder
-	write(r undo) error // it is on the disk when this returns
-	leave()             // it stays, for Recover
+	write(r undo, new []byte) error // it is on the disk when this returns
+	leave()                         // it stays, for Recover
 }
 
 // overwrite writes u.New into f, which is locked and unchanged.
 func (d disk) overwrite(f *os.File, u *Update, record keeper) error {
 	r := undo{offset: u.Offset, body: u.body, size: u.size, around: u.around, new: sha256.Sum256(u.New), old: u.Old}
-	err := record.write(r)
+	err := record.write(r, u.New)
 	if err != nil {
 		return errors.Join(fmt.Errorf("writing the undo record: %w", err), record.discard())
 	}
@@ -133,7 +133,7 @@ type undoFile struct {
 	made *bool
 }
 
-func (u undoFile) write(r undo) error {
+func (u undoFile) write(r undo, _ []byte) error {
 	f, err := u.d.create(u.path, os.O_EXCL)
 	if err != nil {
 		return err
@@ -211,7 +211,7 @@ func (d disk) recover(path string, o FileOptions, j *Journal) (Recovery, error) 
 	}
 	found := Clean
 	if dir := filepath.Dir(path); !j.has(dir) {
-		found, err = d.recoverJournal(dir, filepath.Base(path))
+		found, err = d.recoverJournal(dir, filepath.Base(path), ownerOf(path))
 		if err != nil {
 			return Clean, err
 		}
@@ -240,15 +240,16 @@ func (d disk) recover(path string, o FileOptions, j *Journal) (Recovery, error) 
 	if err != nil {
 		return d.recoverWithout(f, path, record, err)
 	}
-	how, err := d.settle(f, undoFile{d: d, path: record}, r)
+	how, err := d.settle(f, undoFile{d: d, path: record}, r, nil)
 	if err != nil {
 		return Clean, fmt.Errorf("recovering %s: %w", path, err)
 	}
 	return how, nil
 }
 
-// settle decides by the checksums.
-func (d disk) settle(f *os.File, record discarder, r undo) (Recovery, error) {
+// settle decides by the checksums. A signature header that is neither the old nor the new one is torn; where torn is not
+// nil it says whether it is, or was written later, and stays.
+func (d disk) settle(f *os.File, record discarder, r undo, torn func(now []byte) bool) (Recovery, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return Clean, err
@@ -276,7 +277,13 @@ func (d disk) settle(f *os.File, record discarder, r undo) (Recovery, error) {
 		}
 		return Completed, record.discard()
 	case bytes.Equal(now, r.old):
+		err = d.sync(f)
+		if err != nil {
+			return Clean, err
+		}
 		return Restored, record.discard()
+	case torn != nil && !torn(now):
+		return Clean, record.discard()
 	}
 	return Restored, d.restore(f, record, r)
 }
@@ -348,4 +355,13 @@ func (d disk) removeTemp(path string) error {
 		return err
 	}
 	return d.remove(temp)
+}
+
+// ownerOf is the owner of the package at path, or the caller where that cannot be told.
+func ownerOf(path string) uint32 {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return uint32(os.Geteuid())
+	}
+	return info.Sys().(*syscall.Stat_t).Uid
 }

@@ -27,6 +27,8 @@ const (
 	maxLinger     = 50 * time.Millisecond
 )
 
+var errPanic = errors.New("the store panicked")
+
 // ErrClosed is returned by Append after Close.
 var ErrClosed = errors.New("audit log is closed")
 
@@ -138,8 +140,7 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 	}
 	l.mu.Unlock()
 	if group != nil {
-		l.commit(group) // p is in it, or in the one after
-		l.done(group)
+		l.run(group) // p is in it, or in the one after
 	}
 	<-p.ready
 	return p.row, p.err
@@ -184,8 +185,8 @@ func (l *Log) done(group []*pending) {
 }
 
 func (l *Log) run(group []*pending) {
+	defer l.done(group) // were the sink to panic, the others must still be answered
 	l.commit(group)
-	l.done(group)
 }
 
 // flush commits what has lingered.
@@ -222,15 +223,16 @@ func (l *Log) commit(group []*pending) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), commitTimeout)
 	defer cancel()
-	row, err := l.sink(ctx, records)
-	if err != nil {
-		err = fmt.Errorf("recording %d audit entries: %w", len(group), err)
-	}
-	for i, p := range group {
-		if err == nil { // a row beside an error would be believed one day
-			p.row = row + int64(i)
+	row, err := int64(0), errPanic
+	defer func() {
+		for i, p := range group {
+			if err == nil { // a row beside an error would be believed one day
+				p.row = row + int64(i)
+			} else {
+				p.err = fmt.Errorf("recording %d audit entries: %w", len(group), err)
+			}
+			close(p.ready)
 		}
-		p.err = err
-		close(p.ready)
-	}
+	}()
+	row, err = l.sink(ctx, records)
 }

@@ -435,3 +435,26 @@ func TestUnexpectedAmongExpected(t *testing.T) {
 		}
 	})
 }
+
+// A sink that panics in one request does not hold up the next.
+func TestSinkPanics(t *testing.T) {
+	calls := 0
+	l := audit.New(func(context.Context, []audit.Record) (int64, error) {
+		if calls++; calls == 1 {
+			panic("broken")
+		}
+		return 7, nil
+	})
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("the panic is swallowed")
+			}
+		}()
+		_, _ = l.Append(entry(1))
+	}()
+	if row, err := l.Append(entry(2)); row != 7 || err != nil {
+		t.Errorf("the next: row %d, %v", row, err)
+	}
+	l.Close()
+}

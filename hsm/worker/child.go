@@ -16,6 +16,8 @@ import (
 	"time"
 	"unsafe"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/signwarden/signwarden/hsm"
 )
 
@@ -86,7 +88,8 @@ func (h hello) open() (*hsm.Pool, error) {
 // reads a request, signs, and writes the answer, all by itself. A request that
 // is handed over costs a switch between threads, 20 to 60 µs.
 func signAll(p *pipe, pool *hsm.Pool, sessions int) {
-	p.alone = sessions == 1
+	bound := syscall.NsecToTimeval(patience.Nanoseconds())
+	p.alone = sessions == 1 && syscall.SetsockoptTimeval(pipeFD, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &bound) == nil
 	var others sync.WaitGroup
 	for range sessions - 1 {
 		others.Go(func() { signOn(p, pool) })
@@ -126,7 +129,7 @@ var errKind = errors.New("a worker that signs does nothing else")
 // answer does one request that a signing worker knows: none of them writes.
 func answer(ctx context.Context, pool *hsm.Pool, f frame, dst []byte) ([]byte, error) {
 	switch f.kind {
-	case kindSign:
+	case kindSign, kindSuspect:
 		id, digest, opts, err := parseSign(f.body)
 		if err != nil {
 			return nil, err
@@ -228,7 +231,7 @@ func (p *pipe) next(own []byte) (f frame, more, ok bool) {
 			p.from = 0
 		}
 		read, errno := p.read(p.buf[p.to:])
-		if errno == syscall.EINTR {
+		if errno == syscall.EINTR || errno == syscall.EAGAIN {
 			continue
 		}
 		if errno != 0 || read == 0 {
@@ -240,15 +243,27 @@ func (p *pipe) next(own []byte) (f frame, more, ok bool) {
 	return frame{}, false, false
 }
 
-// read reads what is there, or waits. Where this is the only thread that has anything to
-// do the runtime is not told that it waits: it would let its monitor sleep, and wake it for
-// each request, to look on 50 times a millisecond.
+// patience is how long a child waits for its next request without telling the runtime.
+const patience = 5 * time.Millisecond
+
+// read reads what is there, or waits; EAGAIN is that it waited in vain. Where this is the
+// only thread that has anything to do the runtime is not told of short waits: it would let
+// its monitor sleep, and wake it for each request, to look on 50 times a millisecond. Nor of
+// long ones is it to be kept in the dark: it would try to stop us, for a collection of
+// garbage, and go on trying.
 func (p *pipe) read(b []byte) (int, syscall.Errno) {
-	call := syscall.Syscall
+	buf, size := uintptr(unsafe.Pointer(&b[0])), uintptr(len(b))
 	if p.alone {
-		call = syscall.RawSyscall
+		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, pipeFD, buf, size)
+		if errno != syscall.EAGAIN {
+			return int(n), errno
+		}
+		wait := [1]unix.PollFd{{Fd: pipeFD, Events: unix.POLLIN}}
+		if _, err := unix.Poll(wait[:], -1); err != nil && err != syscall.EINTR {
+			return 0, syscall.EIO
+		}
 	}
-	n, _, errno := call(syscall.SYS_READ, pipeFD, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+	n, _, errno := syscall.Syscall(syscall.SYS_READ, pipeFD, buf, size)
 	return int(n), errno
 }
 

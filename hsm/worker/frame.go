@@ -34,6 +34,7 @@ const (
 	kindHello    byte = iota + 1 // to the child, the first: hello
 	kindReady                    // its answer: hsm.Info
 	kindSign                     // sign request; the answer is the signature
+	kindSuspect                  // the same, of one that may have crashed a child: no answer is held over it
 	kindPublic                   // an id; the answer is a public key
 	kindPing                     // no body, nor has its answer
 	kindGenerate                 // of an administrative child

@@ -152,7 +152,11 @@ func (p *process) give(c *call) {
 		p.progress = time.Now()
 	}
 	p.inFlight = append(p.inFlight, c)
-	p.out = appendFrame(p.out, c.kind, c.number, c.body)
+	kind := c.kind
+	if kind == kindSign && c.suspect {
+		kind = kindSuspect
+	}
+	p.out = appendFrame(p.out, kind, c.number, c.body)
 }
 
 // disown forgets the caller of a request that the child has; false where it
@@ -365,10 +369,13 @@ func (t *Token) lose(p *process, cause error) {
 		if c.done == nil {
 			continue
 		}
-		if i < t.c.Sessions { // it was being worked on; the others had only been sent
+		// The first was being worked on, and the others had only been sent; unless it was
+		// done and its answer held, which no answer is before one that is suspect.
+		if i < t.c.Sessions && (c.suspect || len(lost) == 1) {
 			c.tries++
 			c.shun = p
 		}
+		c.suspect = true
 		if c.tries > 1 || t.closed {
 			failed = append(failed, c)
 		} else {

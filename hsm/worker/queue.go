@@ -20,6 +20,8 @@ type call struct {
 	answer []byte
 	err    error
 
+	suspect bool // it was with a worker that died
+
 	tries int      // workers that failed while they worked on it
 	shun  *process // the one that failed last
 

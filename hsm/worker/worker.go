@@ -9,9 +9,9 @@
 // What is promised:
 //
 //  1. A child that crashes or hangs costs latency and no request. What it was
-//     asked and did not answer is asked of another one. Of that, what it was
-//     working on is asked once more and no further, for it may be what crashed
-//     it; signing has no side effect that would forbid it.
+//     asked and did not answer is asked of another one. Of that, what two
+//     have died over is asked of no third, for it may be what crashed them;
+//     signing has no side effect that would forbid it.
 //  2. A PIN that the token refuses is not tried again: children log in one at
 //     a time, and after a refusal no further one starts (rule G of package hsm).
 //  3. The children that sign have read-only sessions and know no request that

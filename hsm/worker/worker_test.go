@@ -463,6 +463,41 @@ func TestDeadlyRequest(t *testing.T) {
 	}
 }
 
+// One that crashes each worker does not take with it those that wait before and behind it.
+func TestDeadlyAmongOthers(t *testing.T) {
+	c := countingToken(t)
+	c.Workers = 1
+	tok := open(t, c)
+	pub := generate(t, tok, "k", "p256")
+	deadly := filepath.Join(c.Env["COUNT_DIR"], "deadly")
+	if err := os.WriteFile(deadly, digest(1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			d := digest(int64(100 + i))
+			if i == 7 {
+				d = digest(1)
+			}
+			sig, err := tok.Sign(t.Context(), []byte("k"), d, crypto.SHA256)
+			if i == 7 {
+				if e, ok := errors.AsType[*hsm.Error](err); !ok || e.Class != hsm.ClassCrashed {
+					t.Errorf("the deadly one: %v, want class H", err)
+				}
+				return
+			}
+			if err == nil {
+				err = check(pub, d, sig, crypto.SHA256)
+			}
+			if err != nil {
+				t.Errorf("request %d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
 func TestGenerateFaults(t *testing.T) {
 	c := countingToken(t)
 	tok := open(t, c)

@@ -32,7 +32,8 @@ func PKCS1v15(k *rsa.PublicKey, h crypto.Hash, digest, sig []byte) error {
 		return rsa.VerifyPKCS1v15(k, h, digest, sig)
 	}
 	s := new(big.Int).SetBytes(sig)
-	if len(sig) != k.Size() || k.E < 3 || s.Cmp(k.N) >= 0 {
+	odd := k.N.Bit(0) == 1 && k.E&1 == 1
+	if len(sig) != k.Size() || !odd || k.E < 3 || k.E > 1<<31-1 || s.Cmp(k.N) >= 0 {
 		return rsa.ErrVerification
 	}
 	// 0x00 0x01 0xff... 0x00 DigestInfo; of such a modulus there are more than the eight
