@@ -83,3 +83,12 @@ func ParseSlot(b []byte) (name string, ok bool) {
 	s, ok := parseSlot(b)
 	return s.name, ok
 }
+
+// The bounds of a journal.
+const (
+	SlotRoom = slotSize - slotFixed
+	MaxSlots = maxSlots
+)
+
+// HasSlot takes a slot for a record of so many bytes, and says whether there is one.
+func HasSlot(j *Journal, path string, size int) bool { return j.slot(path, size) != nil }

@@ -199,7 +199,7 @@ func (d disk) keeper(path string, old int, j *Journal) keeper {
 			return s
 		}
 	}
-	return undoFile{d, beside(path, "undo"), new(bool)}
+	return &undoFile{d, beside(path, "undo"), false}
 }
 
 // Rewrite writes the new package to a temporary file beside dst and renames it to dst, so that dst is at any time the old
@@ -362,12 +362,17 @@ func finished(path string, j *Journal) error {
 	if !errors.Is(err, os.ErrNotExist) || j.has(filepath.Dir(path)) {
 		return unlessMissing(err)
 	}
-	f, _, err := openJournal(filepath.Dir(path), ownerOf(path))
+	f, info, err := openJournal(filepath.Dir(path), ownerOf(path))
 	if err != nil || f == nil {
 		return err
 	}
-	f.Close()
-	return ErrUnfinished
+	defer f.Close()
+	return eachSlot(f, info.Size(), func(s slotRecord, _ int64) error {
+		if s.name == filepath.Base(path) {
+			return ErrUnfinished
+		}
+		return nil
+	})
 }
 
 func unlessMissing(err error) error {

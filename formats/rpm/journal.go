@@ -187,12 +187,11 @@ func (s *slot) write(r undo, new []byte) error {
 // Recover finds that it is, or that somebody has written another since.
 func (s *slot) discard() error {
 	err := s.j.d.write(s.file.f, []byte{0}, s.at)
-	s.j.mu.Lock()
-	defer s.j.mu.Unlock()
 	if err != nil {
-		s.file.stuck = true
 		return err
 	}
+	s.j.mu.Lock()
+	defer s.j.mu.Unlock()
 	s.file.free = append(s.file.free, s.at)
 	return nil
 }
@@ -323,34 +322,46 @@ func (d disk) recoverJournal(dir, name string, owner uint32) (Recovery, error) {
 	if err != nil {
 		return Clean, fmt.Errorf("recovering %s: %w", path, err)
 	}
-	found, left := Clean, error(nil)
+	found, left := Clean, false
+	err = eachSlot(f, info.Size(), func(s slotRecord, at int64) error {
+		how, err := d.recoverSlot(filepath.Join(dir, s.name), s, info.Sys().(*syscall.Stat_t).Uid, markOf{d, f, at})
+		switch {
+		case err != nil && (s.name == name || name == ""):
+			return fmt.Errorf("recovering %s: %w", filepath.Join(dir, s.name), err)
+		case err != nil:
+			left = true
+		case s.name == name:
+			found = how
+		}
+		return nil
+	})
+	if err != nil {
+		return Clean, err
+	}
+	if left {
+		return found, nil // the next one tries again
+	}
+	return found, d.discard(path)
+}
+
+// eachSlot calls do for each record of a journal that is needed, until it returns an error.
+func eachSlot(f *os.File, size int64, do func(s slotRecord, at int64) error) error {
 	b := make([]byte, slotSize)
-	for at := int64(0); at < min(info.Size(), maxSlots*slotSize); at += slotSize {
+	for at := int64(0); at < min(size, maxSlots*slotSize); at += slotSize {
 		n, err := f.ReadAt(b, at)
 		if err != nil && !errors.Is(err, io.EOF) {
-			return Clean, fmt.Errorf("reading %s: %w", path, err)
+			return fmt.Errorf("reading %s: %w", f.Name(), err)
 		}
 		s, ok := parseSlot(b[:n])
 		if !ok {
 			continue
 		}
-		how, err := d.recoverSlot(filepath.Join(dir, s.name), s, info.Sys().(*syscall.Stat_t).Uid, markOf{d, f, at})
+		err = do(s, at)
 		if err != nil {
-			err = fmt.Errorf("recovering %s: %w", filepath.Join(dir, s.name), err)
-			if s.name == name || name == "" {
-				return Clean, err
-			}
-			left = err
-			continue
-		}
-		if s.name == name {
-			found = how
+			return err
 		}
 	}
-	if left != nil {
-		return found, nil // the next one tries again
-	}
-	return found, d.discard(path)
+	return nil
 }
 
 // markOf is the place of a record in a journal that is being recovered.

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/signwarden/signwarden/formats/rpm"
 )
 
@@ -149,6 +151,63 @@ func TestJournalRecovered(t *testing.T) {
 	}
 	if _, err := os.Lstat(journalPath(paths[0])); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the journal stays: %v", err)
+	}
+}
+
+// One that cannot be put in order now keeps its record, and keeps nobody else from signing.
+func TestJournalLocked(t *testing.T) {
+	old := demo(t)
+	u := update(t, old, rsa2048())
+	paths := many(t, old, 3)
+	tornJournal(t, paths[:2], old, u)
+	held, err := os.Open(paths[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if err := unix.Flock(int(held.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	_, err = rpm.Recover(paths[0], rpm.FileOptions{})
+	wantError(t, err, rpm.ErrLocked)
+	if got, err := rpm.Recover(paths[1], rpm.FileOptions{}); got != rpm.Restored || err != nil || !bytes.Equal(read(t, paths[1]), old) {
+		t.Errorf("the other one: %v, %v", got, err)
+	}
+	j := rpm.NewJournal()
+	for _, path := range paths[1:] {
+		if err := j.ApplyInPlace(path, u, rpm.FileOptions{}); err != nil || !bytes.Equal(read(t, path), apply(t, u, old)) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	held.Close()
+	wantError(t, j.ApplyInPlace(paths[0], u, rpm.FileOptions{}), rpm.ErrUnfinished)
+	if err := j.Close(); err != nil {
+		t.Error(err)
+	}
+	if got, err := rpm.Recover(paths[0], rpm.FileOptions{}); got != rpm.Restored || err != nil || !bytes.Equal(read(t, paths[0]), old) {
+		t.Errorf("the first one: %v, %v", got, err)
+	}
+	if _, err := os.Lstat(journalPath(paths[0])); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the journal stays: %v", err)
+	}
+}
+
+// A record has a slot up to the room of one, and a journal so many of them.
+func TestJournalBounds(t *testing.T) {
+	j := rpm.NewJournal()
+	defer j.Close()
+	path := many(t, demo(t), 1)[0]
+	room := rpm.SlotRoom - len(filepath.Base(path))
+	if !rpm.HasSlot(j, path, room) || rpm.HasSlot(j, path, room+1) {
+		t.Errorf("a record of %d bytes has no slot, or one more has", room)
+	}
+	for i := 1; i < rpm.MaxSlots; i++ {
+		if !rpm.HasSlot(j, path, 1) {
+			t.Fatalf("no slot number %d", i+1)
+		}
+	}
+	if rpm.HasSlot(j, path, 1) {
+		t.Errorf("over %d slots", rpm.MaxSlots)
 	}
 }
 

@@ -130,16 +130,16 @@ func (d disk) overwrite(f *os.File, u *Update, record keeper) error {
 type undoFile struct {
 	d    disk
 	path string
-	made *bool
+	made bool
 }
 
-func (u undoFile) write(r undo, _ []byte) error {
+func (u *undoFile) write(r undo, _ []byte) error {
 	f, err := u.d.create(u.path, os.O_EXCL)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	*u.made = true
+	u.made = true
 	err = u.d.write(f, r.marshal(), 0)
 	if err == nil {
 		err = u.d.sync(f)
@@ -150,10 +150,10 @@ func (u undoFile) write(r undo, _ []byte) error {
 	return err
 }
 
-func (u undoFile) leave() {}
+func (u *undoFile) leave() {}
 
-func (u undoFile) discard() error {
-	if u.made != nil && !*u.made {
+func (u *undoFile) discard() error {
+	if !u.made {
 		return nil // it is another's
 	}
 	return u.d.discard(u.path)
@@ -240,7 +240,7 @@ func (d disk) recover(path string, o FileOptions, j *Journal) (Recovery, error) 
 	if err != nil {
 		return d.recoverWithout(f, path, record, err)
 	}
-	how, err := d.settle(f, undoFile{d: d, path: record}, r, nil)
+	how, err := d.settle(f, &undoFile{d, record, true}, r, nil)
 	if err != nil {
 		return Clean, fmt.Errorf("recovering %s: %w", path, err)
 	}
