@@ -30,11 +30,8 @@ import (
 	"net"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/time/rate"
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/assuan"
@@ -101,16 +98,8 @@ type Server struct {
 	log   *slog.Logger
 	grips gripCache
 
-	// Who is refused, over and over, must not fill the log.
-	lines *rate.Limiter
-	left  atomic.Int64 // lines that were left out since the last one
+	warnings *agentproto.Warnings
 }
-
-// Refusals in the log: so many at once, and then so many a second.
-const (
-	logBurst = 100
-	logRate  = 10
-)
 
 // New checks cfg. The parts of cfg must not change afterwards.
 func New(cfg Config) (*Server, error) {
@@ -129,7 +118,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{cfg: cfg, roots: make(map[string]bool), log: cfg.Logger, lines: rate.NewLimiter(logRate, logBurst)}
+	s := &Server{cfg: cfg, roots: make(map[string]bool), log: cfg.Logger, warnings: agentproto.NewWarnings()}
 	for _, root := range cfg.TrustedRoots {
 		fpr, ok := parseFingerprint(root)
 		if !ok {

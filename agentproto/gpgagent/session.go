@@ -58,14 +58,7 @@ func (s *session) logError(name string, err error, reply *assuan.Error) {
 	if s.hasGrip {
 		attrs = append(attrs, "keygrip", s.grip.String(), "hash", s.hash.String())
 	}
-	if level > slog.LevelDebug && !s.srv.lines.Allow() {
-		s.srv.left.Add(1)
-		return
-	}
-	if n := s.srv.left.Swap(0); n > 0 {
-		attrs = append(attrs, "left_out_before", n)
-	}
-	s.log.Log(context.Background(), level, "command refused", attrs...)
+	s.srv.warnings.Log(context.Background(), s.log, level, "command refused", attrs...)
 }
 
 func (s *session) reset(context.Context, *assuan.Conn, []byte) error {

@@ -125,7 +125,9 @@ func (c *conn) checkInitialized(id p11rpc.CallID) error {
 	return nil
 }
 
-func (c *conn) warn(words string, attrs ...any) { c.srv.warn(c.log, words, attrs...) }
+func (c *conn) warn(words string, attrs ...any) {
+	c.srv.warnings.Log(context.Background(), c.log, slog.LevelWarn, words, attrs...)
+}
 
 // inSession is a call whose first argument is a session.
 func inSession(do func(*conn, context.Context, *session, []p11rpc.Value) ([]p11rpc.Value, error)) call {

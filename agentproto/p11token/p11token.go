@@ -29,11 +29,8 @@ import (
 	"net"
 	"path"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/time/rate"
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/lease"
@@ -111,27 +108,7 @@ type Server struct {
 	slots []slot
 	log   *slog.Logger
 
-	// Who is refused, over and over, must not fill the log.
-	lines *rate.Limiter
-	left  atomic.Int64 // lines that were left out since the last one
-}
-
-// Warnings in the log: so many at once, and then so many a second.
-const (
-	logBurst = 100
-	logRate  = 10
-)
-
-// warn logs within the rate, and says how many lines were left out.
-func (s *Server) warn(log *slog.Logger, words string, attrs ...any) {
-	if !s.lines.Allow() {
-		s.left.Add(1)
-		return
-	}
-	if n := s.left.Swap(0); n > 0 {
-		attrs = append(attrs, "left_out_before", n)
-	}
-	log.Warn(words, attrs...)
+	warnings *agentproto.Warnings
 }
 
 // New checks cfg. The parts of cfg must not change afterwards.
@@ -152,7 +129,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg, slots: newSlots(cfg.Groups), log: cfg.Logger, lines: rate.NewLimiter(logRate, logBurst)}, nil
+	return &Server{cfg: cfg, slots: newSlots(cfg.Groups), log: cfg.Logger, warnings: agentproto.NewWarnings()}, nil
 }
 
 // CheckGroups says what is wrong with the configuration of tokens.

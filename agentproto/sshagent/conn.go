@@ -123,13 +123,13 @@ func (c *conn) answer(request []byte) []byte {
 		if err == nil {
 			return reply
 		}
-		c.srv.warn(c.log, "the list of keys is refused", "err", err)
+		c.warn("the list of keys is refused", "err", err)
 	case msgSignRequest:
 		reply, f := c.sign(request)
 		if f == nil {
 			return reply
 		}
-		c.srv.warn(c.log, "signature refused", "request", f.request, "key", f.key, "format", f.format, "algorithm", f.algorithm, "err", f.err)
+		c.warn("signature refused", "request", f.request, "key", f.key, "format", f.format, "algorithm", f.algorithm, "err", f.err)
 	case msgExtension:
 		// ssh tells each agent of the host it connects to (session-bind@openssh.com), and
 		// goes on without.
@@ -139,7 +139,7 @@ func (c *conn) answer(request []byte) []byte {
 		if !ok {
 			name = fmt.Sprintf("message %d", request[0])
 		}
-		c.srv.warn(c.log, "request refused: keys are the gateway's, and are made and removed there", "what", name)
+		c.warn("request refused: keys are the gateway's, and are made and removed there", "what", name)
 	}
 	return []byte{msgFailure}
 }
@@ -161,7 +161,7 @@ func (c *conn) list(request []byte) ([]byte, error) {
 			Comment string
 		}{k.blob, k.name})
 		if n == MaxKeys || len(reply)+len(next) > MaxReply {
-			c.srv.warn(c.log, "there are more keys than a client takes: bound the socket's keys", "keys", len(shown), "listed", n)
+			c.warn("there are more keys than a client takes: bound the socket's keys", "keys", len(shown), "listed", n)
 			break
 		}
 		reply = append(reply, next...)
@@ -169,4 +169,8 @@ func (c *conn) list(request []byte) ([]byte, error) {
 	}
 	binary.BigEndian.PutUint32(reply[1:], n)
 	return reply, nil
+}
+
+func (c *conn) warn(words string, attrs ...any) {
+	c.srv.warnings.Log(c.ctx, c.log, slog.LevelWarn, words, attrs...)
 }

@@ -30,11 +30,8 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/time/rate"
 
 	"github.com/signwarden/signwarden/agentproto"
 	"github.com/signwarden/signwarden/agentproto/lease"
@@ -92,16 +89,8 @@ type Server struct {
 	cfg Config
 	log *slog.Logger
 
-	// Who is refused, over and over, must not fill the log.
-	lines *rate.Limiter
-	left  atomic.Int64 // lines that were left out since the last one
+	warnings *agentproto.Warnings
 }
-
-// Refusals in the log: so many at once, and then so many a second.
-const (
-	logBurst = 100
-	logRate  = 10
-)
 
 // New checks cfg. The parts of cfg must not change afterwards.
 func New(cfg Config) (*Server, error) {
@@ -117,19 +106,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Server{cfg: cfg, log: cfg.Logger, lines: rate.NewLimiter(logRate, logBurst)}, nil
-}
-
-// warn logs within the rate, and says how many lines were left out.
-func (s *Server) warn(log *slog.Logger, words string, attrs ...any) {
-	if !s.lines.Allow() {
-		s.left.Add(1)
-		return
-	}
-	if n := s.left.Swap(0); n > 0 {
-		attrs = append(attrs, "left_out_before", n)
-	}
-	log.Warn(words, attrs...)
+	return &Server{cfg: cfg, log: cfg.Logger, warnings: agentproto.NewWarnings()}, nil
 }
 
 // ServeConn answers p on c, one request after the other, until it hangs up or ctx
