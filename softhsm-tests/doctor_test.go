@@ -110,6 +110,12 @@ func TestDoctor(t *testing.T) {
 	agent.await(t, "PKCS#11 socket ")
 	with := func(vars ...string) []string { return append(append([]string(nil), env...), vars...) }
 
+	hung := shortDir(t) // a forward whose other end is gone: it is listened at, and nothing is said
+	silent, err := net.Listen("unix", strings.TrimSpace(mustEnv(t, with("GNUPGHOME="+hung), "gpgconf", "--list-dirs", "agent-socket")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
 	l, err := net.Listen("unix", at("mute")) // hangs up on whoever comes
 	if err != nil {
 		t.Fatal(err)
@@ -184,6 +190,7 @@ func TestDoctor(t *testing.T) {
 		{"clock behind", with("SIGNWARDEN_PROFILE=" + dated("early", time.Hour, 2*time.Hour)), nil, 1, "certificate", "the clock is wrong", "timedatectl", "fail"},
 		{"clock ahead", with("SIGNWARDEN_PROFILE=" + dated("late", -2*time.Hour, -time.Hour)), nil, 1, "certificate", "has expired", "client create", "fail"},
 		{"the gateway's clock ahead", with("SIGNWARDEN_PROFILE=" + ahead), nil, -1, "gateway", "expired or is not yet valid", "compare the clocks", "fail"},
+		{"an agent that hangs", with("GNUPGHOME=" + hung), nil, 1, "gpg-agent", "nobody answers", "--gpg-socket auto", "fail"},
 		{"stale socket", with("P11_KIT_SERVER_ADDRESS=unix:path=" + at("stale")), nil, 1, "PKCS#11 socket", "no token and no error", "--p11-socket auto", "fail"},
 		{"no socket", with("P11_KIT_SERVER_ADDRESS=unix:path=" + at("none")), nil, 1, "PKCS#11 socket", "no token and no error", "--p11-socket auto", "fail"},
 		{"no socket at the default", with("XDG_RUNTIME_DIR=" + home), nil, 0, "PKCS#11 socket", "nothing serves", "--p11-socket auto", "note"},

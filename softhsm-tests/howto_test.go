@@ -121,12 +121,17 @@ func TestHowto(t *testing.T) {
 	for _, tt := range []struct{ key, tool, why string }{
 		{"ec", "sbsign", "RSA keys only"},
 		{"ec", "gpg", "no OpenPGP certificate"},
+		{"ec", "rpmsign", "ECDSA"},
 		{"ed", "openssl dgst, engine", "Ed25519"},
 	} {
 		lines := sections(s.gateway.must(t, "signwarden", "key", "show", tt.key, "--howto"))[tt.tool]
 		if len(lines) != 1 || !strings.HasPrefix(lines[0], "#   no: ") || !strings.Contains(lines[0], tt.why) {
 			t.Errorf("%s with %s: %q, want a reason with %q", tt.tool, tt.key, lines, tt.why)
 		}
+	}
+	// A certificate that a CA has issued wants its root.
+	if lines := sections(s.gateway.must(t, "signwarden", "key", "show", "ec", "--howto"))["gpgsm"]; len(lines) != 1 || !strings.Contains(lines[0], "exec --trusted-root ROOT.pem -- gpgsm") {
+		t.Errorf("gpgsm with a CA's certificate: %q", lines)
 	}
 	s.gateway.must(t, "signwarden", "key", "disable", "rel")
 	if lines := sections(s.gateway.must(t, "signwarden", "key", "show", "rel", "--howto"))["sbsign"]; len(lines) != 1 || !strings.Contains(lines[0], "key enable rel") {

@@ -127,17 +127,22 @@ func (a *app) openSetup() (*setup, error) {
 		return nil, err
 	}
 	s := &setup{a: a, home: gnupgHome{dir: dir, env: os.Environ()}}
-	b, err := os.ReadFile(s.path(setupRecord))
+	return s, readRecord(s.path(setupRecord), &s.done)
+}
+
+// readRecord reads what an earlier setup noted; where there was none, into stays as it is.
+func readRecord(path string, into any) error {
+	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return s, nil
+		return nil
 	}
 	if err == nil {
-		err = json.Unmarshal(b, &s.done)
+		err = json.Unmarshal(b, into)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading what an earlier setup did: %w", err)
+		return fmt.Errorf("reading what an earlier setup did: %s: %w", path, err)
 	}
-	return s, nil
+	return nil
 }
 
 func (s *setup) path(name string) string { return filepath.Join(s.home.dir, name) }

@@ -43,16 +43,11 @@ func (a *app) openP11Setup() (*p11Setup, error) {
 		return nil, exit.Hint(err, "set HOME")
 	}
 	s := &p11Setup{a: a, dir: filepath.Join(conf, "signwarden")}
-	s.done.Files = map[string][]string{}
-	b, err := os.ReadFile(filepath.Join(s.dir, p11Record))
-	if errors.Is(err, fs.ErrNotExist) {
-		return s, nil
+	if err := readRecord(filepath.Join(s.dir, p11Record), &s.done); err != nil {
+		return nil, err
 	}
-	if err == nil {
-		err = json.Unmarshal(b, &s.done)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("reading what an earlier setup --p11 did: %w", err)
+	if s.done.Files == nil { // as a record may say
+		s.done.Files = map[string][]string{}
 	}
 	return s, nil
 }
