@@ -94,6 +94,9 @@ type Handler func(ctx context.Context, args []Value) ([]Value, error)
 // Config says how a connection is served. The zero value of a number or a time is its default.
 type Config struct {
 	Calls map[CallID]Handler // not changed while serving
+	// Quick says of a call that it waits for nothing. It is then done by the goroutine
+	// that reads, which for it reads no further; nil: of none.
+	Quick func(CallID) bool
 
 	MaxInFlight  int
 	MaxHeld      int
@@ -127,6 +130,9 @@ func (cfg Config) withDefaults() Config {
 		if *d.field <= 0 {
 			*d.field = d.value
 		}
+	}
+	if cfg.Quick == nil {
+		cfg.Quick = func(CallID) bool { return false }
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)

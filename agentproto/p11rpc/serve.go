@@ -22,7 +22,8 @@ type server struct {
 
 	ctx    context.Context // of the handlers
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // the requests that are not answered
+	wg     sync.WaitGroup // the goroutines that answer
+	jobs   chan job       // to those of them that have nothing to do
 
 	places chan struct{}       // one for each request that is not answered
 	bytes  *semaphore.Weighted // of their bodies
@@ -45,7 +46,7 @@ func Serve(ctx context.Context, nc net.Conn, cfg Config) error {
 	cfg = cfg.withDefaults()
 	s := &server{
 		cfg: cfg, nc: nc, r: bufio.NewReader(nc),
-		places: make(chan struct{}, cfg.MaxInFlight), bytes: semaphore.NewWeighted(int64(cfg.MaxHeld)),
+		jobs: make(chan job), places: make(chan struct{}, cfg.MaxInFlight), bytes: semaphore.NewWeighted(int64(cfg.MaxHeld)),
 	}
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	defer s.cancel()
@@ -63,6 +64,7 @@ func Serve(ctx context.Context, nc net.Conn, cfg Config) error {
 	default:
 		s.cancel()
 	}
+	close(s.jobs)
 	s.wg.Wait()
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
@@ -155,23 +157,54 @@ func (s *server) take(n int64) (give func(), err error) {
 	return func() { s.bytes.Release(n); <-s.places }, nil
 }
 
-// start runs a request behind the earlier ones of its session, and gives its room back.
+// A job is a request that is to be answered.
+type job struct {
+	code   uint32
+	id     CallID
+	args   []Value
+	handle Handler
+	err    error // why it cannot be
+	lane   *lane
+	give   func()
+}
+
+// start has a request answered behind the earlier ones of its session, and its room given
+// back. One that waits for nothing is answered before start returns.
 func (s *server) start(h header, body []byte, give func()) {
-	id, args, handle, err := s.parse(body)
-	l := s.lanes.enter(sessionOf(id, args))
-	s.wg.Go(func() {
-		defer give()
-		l.wait()
-		var response []byte
-		if err == nil {
-			response, err = s.run(handle, id, args)
-		}
-		if err != nil {
-			response = appendError(nil, s.outcome(id, err))
-		}
-		s.lanes.leave(l)
-		_ = s.respond(h.code, response) // an error ends the connection, and next sees it
-	})
+	j := job{code: h.code, give: give}
+	j.id, j.args, j.handle, j.err = s.parse(body)
+	j.lane = s.lanes.enter(sessionOf(j.id, j.args))
+	if s.cfg.Quick(j.id) && j.lane.free() {
+		s.answer(j)
+		return
+	}
+	select {
+	case s.jobs <- j:
+	default:
+		s.wg.Go(func() { s.work(j) })
+	}
+}
+
+// work answers one request after the other, on a stack that has grown.
+func (s *server) work(j job) {
+	for more := true; more; j, more = <-s.jobs {
+		s.answer(j)
+	}
+}
+
+func (s *server) answer(j job) {
+	defer j.give()
+	j.lane.wait()
+	var response []byte
+	err := j.err
+	if err == nil {
+		response, err = s.run(j.handle, j.id, j.args)
+	}
+	if err != nil {
+		response = appendError(nil, s.outcome(j.id, err))
+	}
+	s.lanes.leave(j.lane)
+	_ = s.respond(j.code, response) // an error ends the connection, and next sees it
 }
 
 // parse finds what is asked for. An argument of a call that nobody serves is not decoded.
@@ -281,6 +314,19 @@ func (l *lanes) enter(session uint64) *lane {
 	}
 	l.last[session] = mine
 	return mine
+}
+
+// free says whether wait would not.
+func (l *lane) free() bool {
+	if l == nil || l.before == nil {
+		return true
+	}
+	select {
+	case <-l.before:
+		return true
+	default:
+		return false
+	}
 }
 
 func (l *lane) wait() {

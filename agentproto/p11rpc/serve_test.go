@@ -266,6 +266,28 @@ func TestLongBody(t *testing.T) {
 	s.alive(t)
 }
 
+// A quick call is answered while another session's waits, and behind its own session's.
+func TestQuick(t *testing.T) {
+	g, cfg := newGated(1)
+	cfg.Calls[p11rpc.GetSessionInfo] = numbers
+	cfg.Quick = func(id p11rpc.CallID) bool { return id == p11rpc.GetSessionInfo }
+	s := serve(t, cfg, 2)
+	go func() {
+		s.Send(p11rpc.SignUpdate, p11rpc.U(1), p11rpc.B([]byte("x")))
+		s.Send(p11rpc.GetSessionInfo, p11rpc.U(1))
+		s.Send(p11rpc.GetSessionInfo, p11rpc.U(2))
+	}()
+	for i, want := range []uint32{0x12, 0x10, 0x11} {
+		code, _, err := s.Receive()
+		if code != want || err != nil {
+			t.Errorf("answer to %x (%v), want %x", code, err, want)
+		}
+		if i == 0 {
+			close(g.gates[1])
+		}
+	}
+}
+
 // gated is a handler that tells when it begins, by its session, and waits until it is let on.
 type gated struct {
 	mu    sync.Mutex

@@ -78,6 +78,15 @@ var callTable = map[p11rpc.CallID]call{
 	p11rpc.GenerateRandom:    inSession((*conn).generateRandom),
 }
 
+// quick says which calls are answered from memory alone. The others hash, or ask Keys.
+func quick(id p11rpc.CallID) bool {
+	switch id {
+	case p11rpc.GetSessionInfo, p11rpc.GetAttributeValue, p11rpc.FindObjects, p11rpc.FindObjectsFinal, p11rpc.SignInit:
+		return true
+	}
+	return false
+}
+
 // calls binds the table to this connection. An error becomes its CK_RV here, and its text
 // goes to the log.
 func (c *conn) calls() map[p11rpc.CallID]p11rpc.Handler {

@@ -172,7 +172,7 @@ func (s *Server) ServeConn(ctx context.Context, c net.Conn, p agentproto.Peer) {
 		keys = noKeys{err}
 	}
 	conn := &conn{srv: s, keys: keys, program: p.Executable(), log: log, view: &view{}}
-	err = p11rpc.Serve(ctx, c, p11rpc.Config{Calls: conn.calls(), Logger: log})
+	err = p11rpc.Serve(ctx, c, p11rpc.Config{Calls: conn.calls(), Quick: quick, Logger: log})
 	switch {
 	case errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
 		log.Debug("the client has gone", "err", err) // killed, say: it was told nothing, and hears nothing
