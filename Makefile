@@ -7,7 +7,7 @@ PURE         = . ./gateway/... ./agentproto/... ./formats/... ./internal/... ./c
 
 export GOFLAGS += -trimpath
 
-.PHONY: build demo test check chaos soak bench corpus interop-trixie fuzz deps lint generated generate unit race hostile softhsm clean
+.PHONY: build demo test check chaos soak bench corpus interop-trixie interop-systemd fuzz deps lint generated generate unit race hostile softhsm clean
 
 build:
 	CGO_ENABLED=0 $(GO) build -o bin/signwarden ./cmd/signwarden
@@ -28,7 +28,7 @@ deps:
 lint:
 	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags bench,chaos,corpus,soak ./softhsm-tests ./formats/...
+	$(GO) vet -tags bench,chaos,corpus,soak,systemd ./softhsm-tests ./formats/...
 	$(STATICCHECK) ./...
 	$(GO) test -count=1 -run 'Imports' .
 
@@ -83,6 +83,10 @@ soak: deps
 # Debian 13 tree; wants root and debootstrap.
 interop-trixie: deps build
 	softhsm-tests/interop-trixie.sh
+
+# agent setup, and the agent's units, under a systemd --user that runs; wants root.
+interop-systemd: deps
+	$(GO) test -tags systemd -count=1 -timeout 10m -run TestAgentSetupSystemd -v ./softhsm-tests
 
 # The kernel modules and EFI images of the distribution, unpacked and not installed,
 # packages with every compressor, and 40,000 damaged files through a gateway.

@@ -8,8 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -29,12 +27,13 @@ const rounds = 5
 // TestBench measures and prints; it fails where a claim of the README does not
 // hold. Figures are ratios: the machine's own speed cancels out.
 func TestBench(t *testing.T) {
-	g := newGateway(t)
+	g := initGateway(t, shortDir(t)+"/gw")
+	b := newAgentBench(t, g)
 	for _, a := range []string{"rsa4096", "rsa2048", "p256", "ed25519"} {
 		g.key(t, "bench-"+a, a)
 	}
-	t.Run("rpmsign", func(t *testing.T) { benchRPMSign(t, g) })
-	t.Run("gpg", func(t *testing.T) { benchGPG(t, g) })
+	t.Run("rpmsign", b.rpmsign)
+	t.Run("gpg", b.gpg)
 	t.Run("stream", func(t *testing.T) { benchStream(t, g) })
 }
 
@@ -44,131 +43,26 @@ func median(d []time.Duration) time.Duration {
 	return d[len(d)/2]
 }
 
-// alternate takes both measurements in turn and returns their medians.
-func alternate(t *testing.T, ours, theirs func() time.Duration) (time.Duration, time.Duration) {
-	t.Helper()
-	var a, b []time.Duration
+// alternate takes the measurements in turn, so many rounds of them, and returns the
+// median of each.
+func alternate(measure ...func() time.Duration) []time.Duration {
+	all := make([][]time.Duration, len(measure))
 	for range rounds {
-		b = append(b, theirs())
-		a = append(a, ours())
+		for i, m := range measure {
+			all[i] = append(all[i], m())
+		}
 	}
-	return median(a), median(b)
+	out := make([]time.Duration, len(measure))
+	for i := range all {
+		out[i] = median(all[i])
+	}
+	return out
 }
 
 func timed(f func()) time.Duration {
 	start := time.Now()
 	f()
 	return time.Since(start)
-}
-
-// realAgent makes a GNUPGHOME with a key of its own behind a real gpg-agent, which
-// has been started. The key has no passphrase: the agent's best case.
-func realAgent(t *testing.T, algorithm string) []string {
-	t.Helper()
-	home := shortDir(t)
-	env := append(os.Environ(), "GNUPGHOME="+home)
-	mustEnv(t, env, "gpg", "--batch", "--quiet", "--passphrase", "", "--quick-generate-key", "real <real@example.org>", algorithm, "sign", "never")
-	t.Cleanup(func() {
-		kill := exec.Command("gpgconf", "--kill", "gpg-agent")
-		kill.Env = env
-		if err := kill.Run(); err != nil {
-			t.Error(err)
-		}
-	})
-	return env
-}
-
-// bothAgents are the environments of a gpg with our agent and of one with its own, for
-// keys of one type.
-func bothAgents(t *testing.T, g *gateway, algorithm string) (ours, theirs []string) {
-	t.Helper()
-	ours, socket := g.home(t, "bench-"+algorithm)
-	g.agentAt(t, socket)
-	return ours, realAgent(t, algorithm)
-}
-
-// 100 small packages in one rpmsign, with its own agent and with ours.
-func benchRPMSign(t *testing.T, g *gateway) {
-	files := hundredRPMs(t)
-	for _, b := range []struct {
-		algorithm string
-		atLeast   float64
-	}{{"rsa4096", 2}, {"rsa2048", 1}, {"ed25519", 1}} {
-		ourEnv, real := bothAgents(t, g, b.algorithm)
-		sign := func(env []string, user string) func() time.Duration {
-			args := append([]string{"--define", "__gpg /usr/bin/gpg", "--define", "_gpg_name " + user, "--resign"}, files...)
-			return func() time.Duration { return timed(func() { mustEnv(t, env, "rpmsign", args...) }) }
-		}
-		ours, theirs := alternate(t, sign(ourEnv, "bench-"+b.algorithm+"@example.org"), sign(real, "real@example.org"))
-		allOK(t, g.rpmdb(t, "bench-"+b.algorithm), files)
-		report(t, "rpmsign of 100 packages, "+b.algorithm, ours, theirs, b.atLeast)
-	}
-	real := realAgent(t, "rsa4096")
-	ours, theirs := alternate(t,
-		func() time.Duration {
-			return timed(func() {
-				g.must(t, "signwarden", append([]string{"exec", "--", "rpmsign", "--define", "_gpg_name bench-rsa4096@example.org", "--resign"}, files...)...)
-			})
-		},
-		func() time.Duration {
-			return timed(func() {
-				mustEnv(t, real, "rpmsign", append([]string{"--define", "__gpg /usr/bin/gpg", "--define", "_gpg_name real@example.org", "--resign"}, files...)...)
-			})
-		})
-	report(t, "rpmsign of 100 packages, rsa4096, the making of exec's home included", ours, theirs, 1)
-}
-
-// 100 files, one gpg --detach-sign each: one after another, and 40 at a time.
-func benchGPG(t *testing.T, g *gateway) {
-	file := filepath.Join(t.TempDir(), "file")
-	writeFile(t, file, "to be signed")
-	ourEnv, real := bothAgents(t, g, "rsa4096")
-	const user, realUser = "bench-rsa4096@example.org", "real@example.org"
-	loop := func(env []string, user string) func() time.Duration {
-		return func() time.Duration {
-			return timed(func() {
-				for range 100 {
-					mustEnv(t, env, "gpg", "--batch", "--yes", "-u", user, "--detach-sign", file)
-				}
-			})
-		}
-	}
-	ours, theirs := alternate(t, loop(ourEnv, user), loop(real, realUser))
-	report(t, "100 times gpg --detach-sign, rsa4096", ours, theirs, 1)
-
-	const parallel, each = 40, 5
-	dir := t.TempDir()
-	burst := func(env []string, user string) func() time.Duration {
-		return func() time.Duration {
-			return timed(func() {
-				var wg sync.WaitGroup
-				for i := range parallel {
-					wg.Go(func() {
-						for range each {
-							cmd := exec.Command("gpg", "--batch", "--yes", "-u", user, "-o", filepath.Join(dir, fmt.Sprint(i)), "--detach-sign", file)
-							cmd.Env = env
-							if out, err := cmd.CombinedOutput(); err != nil {
-								t.Errorf("gpg as %s: %v: %s", user, err, out)
-							}
-						}
-					})
-				}
-				wg.Wait()
-			})
-		}
-	}
-	ours, theirs = alternate(t, burst(ourEnv, user), burst(real, realUser))
-	report(t, fmt.Sprintf("%d gpg --detach-sign, %d at a time, rsa4096", parallel*each, parallel), ours, theirs, 1.8)
-}
-
-// report prints a ratio and fails below what is claimed of it.
-func report(t *testing.T, what string, ours, theirs time.Duration, atLeast float64) {
-	t.Helper()
-	ratio := theirs.Seconds() / ours.Seconds()
-	fmt.Printf("%s: ours %.2f s, real gpg-agent %.2f s: %.2f times as fast\n", what, ours.Seconds(), theirs.Seconds(), ratio)
-	if ratio < atLeast {
-		t.Errorf("%s: ours is %.2f times as fast, and should be at least %.1f times", what, ratio, atLeast)
-	}
 }
 
 // Signatures over one gRPC stream, client and server on this machine, beside a
