@@ -5,6 +5,7 @@ package softhsm_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -19,7 +20,10 @@ func userManager(t *testing.T, home string) (in func(args ...string) string) {
 	as := fmt.Sprintf("--reuid=%[1]d --regid=%[1]d --clear-groups", nobody)
 	runtime := fmt.Sprintf("/run/user/%d", nobody)
 	t.Cleanup(func() {
-		mustEnv(t, os.Environ(), "unshare", "-m", "sh", "-ec", "mount -t cgroup2 cgroup2 /sys/fs/cgroup; find /sys/fs/cgroup/"+cgroup+" -depth -type d -exec rmdir {} +")
+		script := "mount -t cgroup2 cgroup2 /sys/fs/cgroup; find /sys/fs/cgroup/" + cgroup + " -depth -type d -exec rmdir {} +"
+		if out, err := exec.Command("unshare", "-m", "sh", "-ec", script).CombinedOutput(); err != nil {
+			t.Errorf("removing the control group: %v: %s", err, out)
+		}
 	})
 	ns := namespace(t, fmt.Sprintf(`
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
