@@ -76,10 +76,8 @@ func realAgent(t *testing.T, algorithm string) []string {
 	return env
 }
 
-// compare measures what each caller does, in turn, and prints the ratios. That of the
-// gateway's socket must be at least so much.
-func compare(t *testing.T, what string, callers []caller, atLeast float64, do func(c caller) func() time.Duration) []time.Duration {
-	t.Helper()
+// compare measures what each caller does, in turn, and prints the ratios to the first.
+func compare(what string, callers []caller, do func(c caller) func() time.Duration) []time.Duration {
 	var measure []func() time.Duration
 	for _, c := range callers {
 		measure = append(measure, do(c))
@@ -90,37 +88,43 @@ func compare(t *testing.T, what string, callers []caller, atLeast float64, do fu
 		fmt.Printf(" %s %.2f s (%.2f times as fast)", c.name, took[i].Seconds(), took[0].Seconds()/took[i].Seconds())
 	}
 	fmt.Println()
-	if ratio := took[0].Seconds() / took[1].Seconds(); ratio < atLeast {
-		t.Errorf("%s: with the %s it is %.2f times as fast, and should be at least %.1f times", what, callers[1].name, ratio, atLeast)
-	}
 	return took
+}
+
+// ofPossible prints how fast an agent would be that takes no time itself: what remains is
+// the programs' own time, which is what they take of a real gpg-agent with Ed25519, that
+// signs in 0.1 ms, and the token's. With the gateway's socket it must be nearly that.
+func ofPossible(t *testing.T, what string, took []time.Duration, programs, token time.Duration) {
+	t.Helper()
+	possible := programs + token
+	of := possible.Seconds() / took[1].Seconds()
+	fmt.Printf("%s: an agent that takes no time, before this token, would be %.2f times as fast as the real one; the gateway's socket reaches %.2f of that\n",
+		what, took[0].Seconds()/possible.Seconds(), of)
+	if of < 0.8 {
+		t.Errorf("%s: %.2f of what is possible, and should be at least 0.8", what, of)
+	}
 }
 
 // 100 small packages in one rpmsign.
 func (b *agentBench) rpmsign(t *testing.T) {
 	files := hundredRPMs(t)
+	raw := newRaw(t, b.g)
 	sign := func(c caller) func() time.Duration {
 		args := append([]string{"--define", "__gpg /usr/bin/gpg", "--define", "_gpg_name " + c.user, "--resign"}, files...)
 		return func() time.Duration { return timed(func() { mustEnv(t, c.env, "rpmsign", args...) }) }
 	}
-	took := map[string][]time.Duration{}
-	for _, k := range []struct {
-		algorithm string
-		atLeast   float64
-	}{{"ed25519", 1}, {"rsa2048", 1}, {"rsa4096", 2}} {
-		took[k.algorithm] = compare(t, "rpmsign of 100 packages, "+k.algorithm, b.callers(t, k.algorithm), k.atLeast, sign)
-		allOK(t, b.g.rpmdb(t, "bench-"+k.algorithm), files)
-	}
-	// What rpmsign and gpg take themselves is what they take of a real gpg-agent with Ed25519,
-	// which signs in 0.1 ms. No agent is faster than that and the token.
-	raw := newRaw(t, b.g)
-	for _, algorithm := range []string{"rsa2048", "rsa4096"} {
-		token := time.Duration(float64(len(files)) / raw.one(t, b.g, "bench-"+algorithm) * float64(time.Second))
-		fmt.Printf("rpmsign of 100 packages, %s: an agent that takes no time, before this token, would be %.2f times as fast as the real one\n",
-			algorithm, took[algorithm][0].Seconds()/(took["ed25519"][0]+token).Seconds())
+	var programs time.Duration
+	for _, algorithm := range []string{"ed25519", "rsa2048", "rsa4096"} {
+		what := "rpmsign of 100 packages, " + algorithm
+		took := compare(what, b.callers(t, algorithm), sign)
+		allOK(t, b.g.rpmdb(t, "bench-"+algorithm), files)
+		if programs == 0 {
+			programs = took[0]
+		}
+		ofPossible(t, what, took, programs, raw.takes(t, b.g, "bench-"+algorithm, 1, len(files)))
 	}
 	callers := b.callers(t, "rsa4096")
-	compare(t, "rpmsign of 100 packages, rsa4096, the making of exec's home included", callers[:2], 1, func(c caller) func() time.Duration {
+	compare("rpmsign of 100 packages, rsa4096, the making of exec's home included", callers[:2], func(c caller) func() time.Duration {
 		if c.name == callers[0].name {
 			return sign(c)
 		}
@@ -132,45 +136,42 @@ func (b *agentBench) rpmsign(t *testing.T) {
 	})
 }
 
-// 100 files, one gpg --detach-sign each: one after another, and 40 at a time.
+// One gpg --detach-sign for each file: one after another, and 40 at a time.
 func (b *agentBench) gpg(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	writeFile(t, file, "to be signed")
-	callers := b.callers(t, "rsa4096")
-	compare(t, "100 times gpg --detach-sign, rsa4096", callers, 1, func(c caller) func() time.Duration {
-		return func() time.Duration {
-			return timed(func() {
-				for range 100 {
-					mustEnv(t, c.env, "gpg", "--batch", "--yes", "-u", c.user, "--detach-sign", file)
-				}
-			})
-		}
-	})
-	const parallel, each = 40, 5
 	dir := t.TempDir()
-	compare(t, fmt.Sprintf("%d gpg --detach-sign, %d at a time, rsa4096", parallel*each, parallel), callers, 1.8, func(c caller) func() time.Duration {
-		return func() time.Duration {
-			return timed(func() {
-				var wg sync.WaitGroup
-				for i := range parallel {
-					wg.Go(func() {
-						for range each {
-							cmd := exec.Command("gpg", "--batch", "--yes", "-u", c.user, "-o", filepath.Join(dir, fmt.Sprint(i)), "--detach-sign", file)
-							cmd.Env = c.env
-							if out, err := cmd.CombinedOutput(); err != nil {
-								t.Errorf("gpg with the %s: %v: %s", c.name, err, out)
+	raw := newRaw(t, b.g)
+	for _, parallel := range []int{1, 40} {
+		const count = 200
+		burst := func(c caller) func() time.Duration {
+			return func() time.Duration {
+				return timed(func() {
+					var wg sync.WaitGroup
+					for i := range parallel {
+						wg.Go(func() {
+							for range count / parallel {
+								cmd := exec.Command("gpg", "--batch", "--yes", "-u", c.user, "-o", filepath.Join(dir, fmt.Sprint(i)), "--detach-sign", file)
+								cmd.Env = c.env
+								if out, err := cmd.CombinedOutput(); err != nil {
+									t.Errorf("gpg with the %s: %v: %s", c.name, err, out)
+								}
 							}
-						}
-					})
-				}
-				wg.Wait()
-			})
+						})
+					}
+					wg.Wait()
+				})
+			}
 		}
-	})
+		what := fmt.Sprintf("%d gpg --detach-sign, %d at a time, ", count, parallel)
+		programs := compare(what+"ed25519", b.callers(t, "ed25519"), burst)[0]
+		took := compare(what+"rsa4096", b.callers(t, "rsa4096"), burst)
+		ofPossible(t, what+"rsa4096", took, programs, raw.takes(t, b.g, "bench-rsa4096", min(parallel, len(raw.sessions)), count))
+	}
 }
 
-// one is the rate of one session of the module with a key.
-func (r *raw) one(t *testing.T, g *gateway, key string) float64 {
+// takes is how long the module takes for n signatures with a key, in so many sessions at a time.
+func (r *raw) takes(t *testing.T, g *gateway, key string, sessions, n int) time.Duration {
 	t.Helper()
 	var k struct {
 		Algorithm keys.Algorithm `json:"algorithm"`
@@ -179,11 +180,11 @@ func (r *raw) one(t *testing.T, g *gateway, key string) float64 {
 	if err := json.Unmarshal([]byte(g.must(t, "signwarden", "key", "show", key, "-o", "json")), &k); err != nil {
 		t.Fatal(err)
 	}
-	alone := &raw{ctx: r.ctx, sessions: r.sessions[:1]}
+	some := &raw{ctx: r.ctx, sessions: r.sessions[:sessions]}
 	rates := []float64{}
 	for range rounds {
-		rates = append(rates, alone.signer(t, k.Algorithm, k.TokenID)(time.Second))
+		rates = append(rates, some.signer(t, k.Algorithm, k.TokenID)(time.Second))
 	}
 	slices.Sort(rates)
-	return rates[rounds/2]
+	return time.Duration(float64(n) / rates[rounds/2] * float64(time.Second))
 }
