@@ -106,8 +106,9 @@ func TestDoctor(t *testing.T) {
 	home := shortDir(t)
 	env := append(append([]string(nil), s.env...), "GNUPGHOME="+home, "XDG_RUNTIME_DIR="+dir, "SSH_AUTH_SOCK=")
 	mustEnv(t, env, "signwarden", "agent", "setup")
-	agent := background(t, env, "signwarden", "agent", "--gpg-socket", "auto", "--p11-socket", "auto")
+	agent := background(t, env, "signwarden", "agent", "--gpg-socket", "auto", "--p11-socket", "auto", "--ssh-socket", at("ssh"))
 	agent.await(t, "PKCS#11 socket ")
+	agent.await(t, "ssh-agent socket ")
 	with := func(vars ...string) []string { return append(append([]string(nil), env...), vars...) }
 
 	hung := shortDir(t) // a forward whose other end is gone: it is listened at, and nothing is said
@@ -139,6 +140,9 @@ func TestDoctor(t *testing.T) {
 	stale.SetUnlinkOnClose(false)
 	stale.Close()
 	writeFile(t, at("cnf"), "openssl_conf = i\n[i]\nengines = e\n[e]\npkcs11 = p\n[p]\nengine_id = pkcs11\nMODULE_PATH = /nonexistent/p11-kit-client.so\n")
+	writeFile(t, at("provider.cnf"), "openssl_conf = i\n[i]\nproviders = p\n[p]\npkcs11 = q\n[q]\nmodule = /nonexistent/pkcs11.so\npkcs11-module-path = "+module+"\n")
+	foreign := background(t, os.Environ(), "ssh-agent", "-D", "-a", at("foreign"))
+	foreign.await(t, "SSH_AUTH_SOCK=")
 	if err := os.MkdirAll(at("noengines"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -200,9 +204,14 @@ func TestDoctor(t *testing.T) {
 		{"module that is not there", with("PKCS11_PROVIDER_MODULE=" + at("none.so")), nil, 1, "PKCS#11 module", "no such file", "export PKCS11_PROVIDER_MODULE=" + module, "fail"},
 		{"configuration that is not there", with("OPENSSL_CONF=" + at("none.cnf")), nil, 1, "OpenSSL", "OPENSSL_CONF: ", "unset OPENSSL_CONF", "fail"},
 		{"module of the engine that is not there", with("OPENSSL_CONF=" + at("cnf")), nil, 1, "OpenSSL", "names a module that is not there", "p11-kit-modules", "fail"},
+		{"module of the provider that is not there", with("OPENSSL_CONF=" + at("provider.cnf")), nil, 1, "OpenSSL", "names a module that is not there", "p11-kit-modules", "fail"},
+		{"no engine, and nothing that wants one", with("XDG_RUNTIME_DIR="+home, "OPENSSL_ENGINES="+at("noengines"), "OPENSSL_MODULES="+at("noengines")), nil, 0, "OpenSSL", "neither", "libengine-pkcs11-openssl", "note"},
 		{"no engine", with("OPENSSL_ENGINES="+at("noengines"), "OPENSSL_MODULES="+at("noengines")), nil, 1, "OpenSSL", "neither", "libengine-pkcs11-openssl", "fail"},
 		{"GNUPGHOME not set up", with("GNUPGHOME=" + dir), nil, 0, "GNUPGHOME", "lacks no-autostart", "agent setup", "note"},
 		{"a real gpg-agent", with("GNUPGHOME=" + real), nil, 1, "gpg-agent", "a real gpg-agent", "gpgconf --kill gpg-agent", "fail"},
+		{"another ssh-agent", with("SSH_AUTH_SOCK=" + at("foreign")), nil, 0, "SSH_AUTH_SOCK", "has 0 keys, and none of ours", "--ssh-socket", "note"},
+		{"our ssh-agent", with("SSH_AUTH_SOCK=" + at("ssh")), nil, 0, "SSH_AUTH_SOCK", "of them ours", "", "ok"},
+		{"an ssh-agent that hangs up", with("SSH_AUTH_SOCK=" + at("mute")), nil, 1, "SSH_AUTH_SOCK", "does not answer as an ssh-agent", "forwarded", "fail"},
 		{"ssh-agent that has gone", with("SSH_AUTH_SOCK=" + at("stale")), nil, 1, "SSH_AUTH_SOCK", "nobody serves it", "unset SSH_AUTH_SOCK", "fail"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -10,10 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/gateway/client"
@@ -312,22 +316,33 @@ func checkGPGAgent(ctx context.Context, _ *patient) []finding {
 	return ok("signwarden serves %s", socket)
 }
 
-func checkSSH(_ context.Context, _ *patient) []finding {
+const serveSSHHint = "signwarden agent --ssh-socket PATH serves one that has them; set SSH_AUTH_SOCK to its path where it is to sign"
+
+// checkSSH asks an ssh-agent for its keys, and looks for ours among them.
+func checkSSH(_ context.Context, p *patient) []finding {
 	path := os.Getenv("SSH_AUTH_SOCK")
 	if path == "" {
 		return noted("set SSH_AUTH_SOCK where ssh-keygen or git are to sign by ssh keys", "not set: no ssh-agent is asked")
 	}
-	if err := dials(path); err != nil {
-		return bad("start the agent, or unset SSH_AUTH_SOCK", "nobody serves it: %v", err)
-	}
-	return ok("%s is served", path)
-}
-
-// dials tells whether somebody listens at a Unix socket.
-func dials(path string) error {
 	c, err := net.DialTimeout("unix", path, 2*time.Second)
 	if err != nil {
-		return err
+		return bad("start the agent, or unset SSH_AUTH_SOCK", "nobody serves it: %v", err)
 	}
-	return c.Close()
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(askTimeout)) // without, List tells what is wrong
+	has, err := agent.NewClient(c).List()
+	if err != nil {
+		return bad("if it is forwarded: is the other end served? else start the agent again, or unset SSH_AUTH_SOCK", "%s does not answer as an ssh-agent: %v", path, err)
+	}
+	ours := 0
+	for _, k := range p.all {
+		pub, err := ssh.NewPublicKey(k.PublicKey)
+		if err == nil && slices.ContainsFunc(has, func(h *agent.Key) bool { return bytes.Equal(h.Blob, pub.Marshal()) }) {
+			ours++
+		}
+	}
+	if p.listed && ours == 0 {
+		return noted(serveSSHHint, "the agent at %s has %d keys, and none of ours", path, len(has))
+	}
+	return ok("%s has %d keys, %d of them ours", path, len(has), ours)
 }

@@ -23,13 +23,33 @@ const agentVersion = gpgagent.DefaultVersion
 // errDenied has a finding end doctor with the code of what is denied.
 var errDenied = fmt.Errorf("doctor: %w", sigerr.Denied)
 
+// moduleVariables name the module that OpenSSL loads.
+var moduleVariables = []string{"PKCS11_MODULE_PATH", "PKCS11_PROVIDER_MODULE"}
+
+// missing is what is said of a package of PKCS#11's: it is wrong where something here uses a
+// token, and else as it may be.
+func missing(next, what string) []finding {
+	used := os.Getenv("P11_KIT_SERVER_ADDRESS") != ""
+	for _, name := range moduleVariables {
+		used = used || os.Getenv(name) != ""
+	}
+	if socket, err := p11Socket(config.WordAuto); err == nil && !used {
+		_, err = os.Lstat(socket)
+		used = err == nil
+	}
+	if used {
+		return bad(next, "%s", what)
+	}
+	return noted(next, "%s", what)
+}
+
 // checkModule looks for what tools load, and at the variables that name it.
 func checkModule(_ context.Context, _ *patient) []finding {
 	module := p11Module()
 	if module == "" {
-		return bad(installModule, "p11-kit-client.so is not installed: PKCS#11 tools have no way to the token")
+		return missing(installModule, "p11-kit-client.so is not installed: PKCS#11 tools have no way to the token")
 	}
-	for _, name := range []string{"PKCS11_MODULE_PATH", "PKCS11_PROVIDER_MODULE"} {
+	for _, name := range moduleVariables {
 		path := os.Getenv(name)
 		if path == "" {
 			continue
@@ -96,7 +116,7 @@ func checkP11Socket(_ context.Context, _ *patient) []finding {
 	return ok("%s answers", path)
 }
 
-var modulePath = regexp.MustCompile(`(?m)^\s*(MODULE_PATH|pkcs11-module-path)\s*=\s*(\S+)`)
+var modulePath = regexp.MustCompile(`(?m)^\s*(MODULE_PATH|pkcs11-module-path|dynamic_path|module)\s*=\s*(\S+)`)
 
 // checkOpenSSL sees by what OpenSSL gets at a token: libp11's engine, or pkcs11-provider.
 func checkOpenSSL(ctx context.Context, _ *patient) []finding {
@@ -110,7 +130,7 @@ func checkOpenSSL(ctx context.Context, _ *patient) []finding {
 	_, noEngine := os.Stat(filepath.Join(dirs["ENGINESDIR"], "pkcs11.so"))
 	_, noProvider := os.Stat(filepath.Join(dirs["MODULESDIR"], "pkcs11.so"))
 	if noEngine != nil && noProvider != nil {
-		return bad("apt-get install libengine-pkcs11-openssl or pkcs11-provider; dnf install openssl-pkcs11 or pkcs11-provider",
+		return missing("apt-get install libengine-pkcs11-openssl or pkcs11-provider; dnf install openssl-pkcs11 or pkcs11-provider",
 			"neither libp11's engine nor pkcs11-provider is installed: openssl, sbsign, evmctl and sign-file cannot use a token")
 	}
 	if noEngine != nil {
@@ -137,6 +157,9 @@ func opensslConf() []finding {
 		return bad("unset OPENSSL_CONF, or name one of `signwarden agent setup --p11`", "OPENSSL_CONF: %v", err)
 	}
 	for _, m := range modulePath.FindAllStringSubmatch(string(text), -1) {
+		if !filepath.IsAbs(m[2]) {
+			continue // in a directory of OpenSSL's
+		}
 		if _, err := os.Stat(m[2]); err != nil {
 			return bad(installModule+"; then `signwarden agent setup --p11`", "%s names a module that is not there: %v", path, err)
 		}
