@@ -66,7 +66,8 @@ func (s *signing) Sign(ctx context.Context, r *pb.SignRequest) (*pb.SignResponse
 }
 
 // SignStream implements the stream: this goroutine receives, one sends, and
-// each item that is in the window has its own.
+// each item that is in the window has its own. Those stay for the next items: a
+// new one would begin with a small stack, and copy it three times while it grows.
 func (s *signing) SignStream(st grpc.BidiStreamingServer[pb.SignStreamRequest, pb.SignStreamResponse]) error {
 	ctx := st.Context()
 	leave, err := s.s.streams.enter(principal(ctx).Name())
@@ -74,7 +75,10 @@ func (s *signing) SignStream(st grpc.BidiStreamingServer[pb.SignStreamRequest, p
 		return err
 	}
 	defer leave()
-	t := &stream{s: s.s, p: principal(ctx), results: make(chan result, s.s.c.Window), places: make(chan struct{}, s.s.c.Window)}
+	t := &stream{
+		s: s.s, p: principal(ctx),
+		items: make(chan item), results: make(chan result, s.s.c.Window), places: make(chan struct{}, s.s.c.Window),
+	}
 	sendErr := make(chan error, 1)
 	go func() { sendErr <- t.send(st) }()
 
@@ -82,6 +86,7 @@ func (s *signing) SignStream(st grpc.BidiStreamingServer[pb.SignStreamRequest, p
 	if t.part != nil {
 		t.part.give()
 	}
+	close(t.items)
 	t.wg.Wait()
 	close(t.results)
 	if serr := <-sendErr; err == nil {
@@ -94,10 +99,18 @@ func (s *signing) SignStream(st grpc.BidiStreamingServer[pb.SignStreamRequest, p
 type stream struct {
 	s       *Server
 	p       ident.Principal
+	items   chan item // to a goroutine that has none
 	results chan result
 	places  chan struct{} // one for each unanswered item
 	part    *part         // nil: no message is being received in parts
 	wg      sync.WaitGroup
+}
+
+// item is one that is in the window, and give what gives back its share of the
+// budget.
+type item struct {
+	*pb.SignItem
+	give func()
 }
 
 // result is an answer on its way to the sender.
@@ -134,10 +147,7 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 			}
 			select {
 			case t.places <- struct{}{}:
-				t.wg.Go(func() {
-					defer give()
-					t.results <- result{t.sign(ctx, it), true}
-				})
+				t.start(ctx, item{it, give})
 			default:
 				// The client keeps no window: answer here, so that it cannot
 				// make work faster than it reads answers.
@@ -146,6 +156,21 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 				t.results <- result{t.fail(it, err), false}
 			}
 		}
+	}
+}
+
+// start has an item signed. There are no more goroutines than places.
+func (t *stream) start(ctx context.Context, it item) {
+	select {
+	case t.items <- it:
+	default:
+		t.wg.Go(func() {
+			for more := true; more; it, more = <-t.items {
+				t.results <- result{t.sign(ctx, it.SignItem), true}
+				it.give()
+				it = item{} // it is done, and this may wait long for the next
+			}
+		})
 	}
 }
 
