@@ -150,10 +150,10 @@ func (r *Record) Try(i hsm.Info, pin hsm.PIN) (done func(error), err error) {
 	if r.unsaved != nil && same(r.pin, pin) {
 		return nil, r.unsaved
 	}
-	if known && r.cutOff && i.WrongPIN {
-		return nil, r.refusal("a try was cut off, and the token says that a wrong PIN was entered since")
-	}
 	next := entry{Module: r.module, Label: r.label, Serial: i.TokenSerial, State: stateTrying, At: time.Now().UTC().Truncate(time.Second)}
+	if known && r.cutOff && i.WrongPIN {
+		return nil, r.refuse(f, next, pin, "a try was cut off, and the token says that a wrong PIN was entered since")
+	}
 	if !known { // one that is right is in no file, not for a moment, but for the first time
 		if err := r.derive(pin); err != nil {
 			return nil, err
@@ -177,16 +177,7 @@ func (r *Record) end(f *os.File, e entry, pin hsm.PIN, err error) {
 		r.accepted, r.cutOff, r.unsaved = pin, false, nil
 		_ = write(f, nil) // at worst it says that a try had no end, and the next one clears it
 	case ok && refused.Class == hsm.ClassOperator:
-		r.accepted = hsm.PIN{}
-		e.State, e.Error = stateRefused, refused.Op+": "+refused.Name()
-		werr := r.derive(pin)
-		if werr == nil {
-			e.Salt, e.Hash = r.salt, r.hash
-			werr = write(f, &e)
-		}
-		if werr != nil {
-			r.unsaved = r.refusal(fmt.Sprintf("%s, which could not be noted (%v)", e.said(), werr))
-		}
+		_ = r.refuse(f, e, pin, refused.Op+": "+refused.Name())
 	case ok && refused.Class != hsm.ClassCrashed:
 		if !same(r.accepted, pin) {
 			_ = write(f, nil) // the token has answered, and not of the PIN
@@ -194,6 +185,23 @@ func (r *Record) end(f *os.File, e entry, pin hsm.PIN, err error) {
 	default:
 		r.cutOff = same(r.accepted, pin)
 	}
+}
+
+// refuse notes that pin was refused, in memory where it cannot be written, and
+// returns what it is met with.
+func (r *Record) refuse(f *os.File, e entry, pin hsm.PIN, why string) error {
+	r.accepted, r.cutOff = hsm.PIN{}, false
+	e.State, e.Error = stateRefused, why
+	err := r.derive(pin)
+	if err == nil {
+		e.Salt, e.Hash = r.salt, r.hash
+		err = write(f, &e)
+	}
+	if err != nil {
+		r.unsaved = r.refusal(fmt.Sprintf("%s, which could not be noted (%v)", e.said(), err))
+		return r.unsaved
+	}
+	return r.refusal(e.said())
 }
 
 // Refuses is worker.Tries.Refuses.
