@@ -160,6 +160,9 @@ func (t *Token) keep(p *process) {
 		case <-p.retire:
 			p = t.succeed(p)
 		case <-age.C:
+			t.mu.Lock()
+			p.why = CauseRecycled
+			t.mu.Unlock()
 			p = t.succeed(p)
 		}
 		age.Stop()
@@ -198,6 +201,7 @@ func (t *Token) raise(pause *time.Duration) *process {
 				return nil
 			}
 		}
+		t.ended(CauseStart)
 		t.log.Error("no worker could be started", slog.Any("error", err), slog.Duration("next", *pause))
 	}
 }
@@ -223,7 +227,9 @@ func (t *Token) succeed(p *process) *process {
 			return p
 		}
 		p.born = time.Now() // so that it is not tried again at once
-		p.replace()
+		t.mu.Lock()
+		p.replace(p.why)
+		t.mu.Unlock()
 		return p
 	}
 	t.admit(q)

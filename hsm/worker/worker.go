@@ -71,7 +71,8 @@ type Config struct {
 	RecycleAge time.Duration
 	RecycleOps int64
 
-	Logger *slog.Logger // nil logs nothing
+	Logger   *slog.Logger // nil logs nothing
+	Observer Observer     // nil: nobody is told
 }
 
 // Defaults of Config.
