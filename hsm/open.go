@@ -17,9 +17,16 @@ type Config struct {
 	Module     string            // path of the PKCS#11 module
 	Env        map[string]string // set in this process before the module is loaded, e.g. SOFTHSM2_CONF
 	TokenLabel string            // CKA label of the token; must be unique in the module
-	PIN        PIN               // the user PIN
+	PIN        PIN               // the user PIN; not looked at where Ask is set
 	Sessions   int               // bound on sessions used for signing; 0 is defaultSessions
 	Logger     *slog.Logger      // nil logs nothing
+
+	// Ask, where it is set, gives the PIN: Open calls it once, when it has found
+	// the token and would log in. Where it errs no PIN is tried, and Open fails
+	// with that error. Such a pool forgets the PIN when it is logged in, and does
+	// not log in again: when the login is lost, operations fail with ClassLogin,
+	// for a supervisor who counts the tries of all its pools to act on.
+	Ask func(Info) (PIN, error)
 }
 
 // defaultSessions is one for each CPU: one alone idles while its result is handed
@@ -37,6 +44,8 @@ type Info struct {
 	TokenLabel      string
 	TokenModel      string
 	TokenSerial     string
+	WrongPIN        bool        // at Open: a wrong PIN was entered since somebody last logged in, by the token's word
+	CountsPINs      bool        // the token is known to keep WrongPIN
 	Sessions        int         // the bound in force
 	Mechanisms      []Mechanism // those this package uses, offered or not
 }
@@ -74,7 +83,7 @@ func Open(ctx context.Context, c Config) (*Pool, error) {
 
 // open lets tests stand between the pool and the module.
 func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
-	if c.PIN.Reveal() == "" {
+	if c.Ask == nil && c.PIN.Reveal() == "" {
 		return nil, fmt.Errorf("opening token %q: %w", c.TokenLabel, errNoPIN)
 	}
 	m, err := acquire(c.Module, c.Env)
@@ -82,7 +91,7 @@ func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
 		return nil, err
 	}
 	p := &Pool{
-		api: wrap(m.ctx), mod: m, pin: c.PIN, log: c.Logger,
+		api: wrap(m.ctx), mod: m, pin: c.PIN, ask: c.Ask, log: c.Logger,
 		keys: map[string]key{},
 	}
 	if p.log == nil {
@@ -148,7 +157,7 @@ func usable(t pkcs11.TokenInfo) error {
 		return &Error{Op: "C_GetTokenInfo", Code: pkcs11.CKR_PIN_LOCKED, Class: ClassOperator}
 	case t.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
 		return &Error{Op: "C_GetTokenInfo", Class: ClassOperator,
-			Detail: "one more wrong PIN locks the token, so none was tried; log in once by hand with the right one (pkcs11-tool --login --test), which resets the count, and restart"}
+			Detail: "one more wrong PIN locks the token, so none was tried; log in once by hand with the right one (pkcs11-tool --login --test), which resets the count"}
 	}
 	return nil
 }
@@ -162,6 +171,7 @@ func (p *Pool) describe(t pkcs11.TokenInfo) error {
 	p.info = Info{
 		Module: i.LibraryDescription, ModuleVersion: version(i.LibraryVersion), CryptokiVersion: version(i.CryptokiVersion),
 		Manufacturer: t.ManufacturerID, TokenLabel: t.Label, TokenModel: t.Model, TokenSerial: t.SerialNumber,
+		WrongPIN: t.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0, CountsPINs: strings.HasPrefix(t.ManufacturerID, "SoftHSM"),
 	}
 	for _, m := range mechanisms {
 		// An error is how a token says that it lacks the mechanism.

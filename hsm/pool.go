@@ -41,6 +41,7 @@ type Pool struct {
 	mod  *module
 	slot uint
 	pin  PIN
+	ask  func(Info) (PIN, error) // nil: the pool logs in whenever it has to; else once
 	log  *slog.Logger
 	info Info
 
@@ -64,6 +65,7 @@ type Pool struct {
 	// C_Login, only by workers (and by Open): callers never wait for it.
 	loginMu     sync.Mutex
 	relogin     bool                 // the token said that we are not logged in
+	entered     bool                 // a login has succeeded
 	spare       bool                 // the token grants a session beyond the workers'
 	keeper      pkcs11.SessionHandle // never used but to hold the login
 	keeping     bool                 // keeper is open

@@ -172,7 +172,8 @@ func (p *Pool) lost(epoch uint64, login bool, cause error) {
 	if p.epoch.Load() != epoch {
 		return
 	}
-	p.relogin = p.relogin || login
+	// Who may not log in again looks at what the token says of its new session.
+	p.relogin = p.relogin || login && p.ask == nil
 	p.epoch.Store(epoch + 1)
 	p.log.Warn("token sessions lost", slog.Uint64("epoch", epoch), slog.Any("error", cause))
 }
@@ -191,6 +192,16 @@ func (p *Pool) ensureLogin(sh pkcs11.SessionHandle) error {
 	if err != nil || (in && !p.relogin) {
 		return err
 	}
+	if p.ask != nil {
+		if p.entered {
+			return &Error{Op: "C_GetSessionInfo", Code: pkcs11.CKR_USER_NOT_LOGGED_IN, Class: ClassLogin}
+		}
+		if p.pin.Reveal() == "" {
+			if p.pin, err = p.ask(p.info); err != nil {
+				return err
+			}
+		}
+	}
 	err = p.api.Login(sh, pkcs11.CKU_USER, p.pin.Reveal())
 	if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)) {
 		err = fail("C_Login", err)
@@ -199,7 +210,10 @@ func (p *Pool) ensureLogin(sh pkcs11.SessionHandle) error {
 		}
 		return err
 	}
-	p.relogin = false
+	p.relogin, p.entered = false, true
+	if p.ask != nil {
+		p.pin = PIN{}
+	}
 	return nil
 }
 

@@ -29,7 +29,9 @@ func checkCommand() *cobra.Command {
 		Use:   "check",
 		Short: "Examine configuration, certificates, store, module, token and keys",
 		Long: `check examines everything that serve needs and tells each result. It changes
-nothing, and works beside a gateway that serves. The PIN is tried once.`,
+nothing, and works beside a gateway that serves. The PIN is tried once, and not
+at all where the token has refused it before: correct the PIN file then, or say
+signwardend token retry-pin.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return check(cmd.Context(), &d, os.Stdout) },
 	}
@@ -68,7 +70,7 @@ func check(ctx context.Context, d *dirFlags, out io.Writer) error {
 	}
 	r.certificates(conf.TLS)
 	state, stored := r.store(ctx, conf.Store)
-	r.token(ctx, conf.Token, state, stored)
+	r.token(ctx, conf, state, stored)
 	if r.bad > 0 {
 		return fmt.Errorf("%d of the checks failed", r.bad)
 	}
@@ -148,8 +150,9 @@ func readAudit(ctx context.Context, s store.Store) (rows int64, err error) {
 	}
 }
 
-func (r *report) token(ctx context.Context, c config.Token, state store.State, stored bool) {
-	pool, err := openToken(ctx, c, slog.New(slog.DiscardHandler))
+func (r *report) token(ctx context.Context, conf config.Config, state store.State, stored bool) {
+	c := conf.Token
+	pool, err := openToken(ctx, conf, slog.New(slog.DiscardHandler))
 	if !r.result("token", err, "%q by %s", c.Label, c.Module) {
 		return
 	}

@@ -40,7 +40,12 @@ PKCS#11 module is loaded by worker processes, which serve starts and replaces
 (signwardend hsm-worker); they end with it.
 
 SIGTERM or SIGINT: finish what is in flight and end.
-SIGHUP: read certificates and the configuration's agents again; open streams go on.`,
+SIGHUP: read certificates, the PIN and the configuration's agents again; open
+streams go on.
+
+A PIN that the token has refused is not tried again, by this start or another,
+until the PIN file has another one or ` + "`signwardend token retry-pin`" + ` was said. A gateway
+that serves sees either by itself.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			conf, err := d.load()
@@ -141,6 +146,9 @@ func (d *daemon) reload(ctx context.Context) {
 	if err := d.tls.Reload(tlsFiles(conf.TLS)); err != nil {
 		d.log.Error("reloading: the old certificates stay", "error", err)
 		return
+	}
+	if err := d.parts.token.ReadPIN(); err != nil {
+		d.log.Error("reloading: the old PIN stays", "error", err)
 	}
 	if err := d.agents.apply(ctx, conf.Agents); err != nil {
 		d.log.Error("reloading: not every agent socket is served", "error", err)

@@ -49,6 +49,9 @@ type Token struct {
 	Label  string `yaml:"label"`
 	// PINFile holds the user PIN on one line, and is readable by its owner only.
 	PINFile string `yaml:"pin_file"`
+	// PINRecord is where it is noted that the token has refused the PIN; empty: a
+	// file beside the store. It is made if missing.
+	PINRecord string `yaml:"pin_record,omitempty"`
 	// Environment is set before the module is loaded. A value that begins with
 	// "./" is a path relative to the configuration.
 	Environment map[string]string `yaml:"environment,omitempty"`
@@ -147,7 +150,7 @@ func Parse(b []byte, dir string) (Config, error) {
 
 // absolute resolves every path against dir.
 func (c *Config) absolute(dir string) {
-	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Token.PINFile, &c.Store.SQLite}
+	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Token.PINFile, &c.Token.PINRecord, &c.Store.SQLite}
 	makeAbsolute(dir, paths)
 	for i := range c.Agents {
 		c.Agents[i].absolute(dir)

@@ -54,7 +54,7 @@ func Main() int {
 		fmt.Fprintf(os.Stderr, "no greeting: %v\n", err)
 		return 1
 	}
-	pool, err := h.open()
+	pool, err := h.open(p)
 	if err != nil {
 		p.send(kindFailed, 0, appendFailure(nil, err), false)
 		return 1
@@ -72,11 +72,21 @@ func Main() int {
 	return 0
 }
 
-// open loads the module and logs in.
-func (h hello) open() (*hsm.Pool, error) {
+var errNoPIN = errors.New("the parent gave no PIN")
+
+// open loads the module, asks for the PIN, and logs in.
+func (h hello) open(p *pipe) (*hsm.Pool, error) {
 	c := hsm.Config{
-		Module: h.module, Env: map[string]string{}, TokenLabel: h.label, PIN: hsm.NewPIN(h.pin), Sessions: int(h.sessions),
+		Module: h.module, Env: map[string]string{}, TokenLabel: h.label, Sessions: int(h.sessions),
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		Ask: func(i hsm.Info) (hsm.PIN, error) {
+			p.send(kindAsk, 0, appendInfo(nil, i), false)
+			f, _, ok := p.next(nil)
+			if !ok || f.kind != kindPIN {
+				return hsm.PIN{}, errNoPIN
+			}
+			return hsm.NewPIN(string(f.body)), nil
+		},
 	}
 	for _, v := range h.env {
 		c.Env[v.name] = v.value

@@ -330,17 +330,29 @@ func (t *Token) settle(p *process, c *call, f frame) (told bool, err error) {
 // returns true where the request is done again, by another one. mu is held.
 func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
 	switch e.Class {
-	case hsm.ClassOperator:
-		// Its login is lost and was refused. Others may be logged in still.
+	case hsm.ClassLogin:
+		// A child does not log in again: its successor does, when it is its turn,
+		// or N children would each try a PIN that is no longer right.
 		p.draining = true
-		t.refuse(e)
+		p.replace()
+		if c.done == nil || t.closed || c.outs > t.c.Workers {
+			return false
+		}
+		c.outs++
+		c.shun = p
+		t.waiting.pushFront(c)
+		return true
+	case hsm.ClassOperator:
+		// It does nothing more. Whether the PIN is still right its successor learns,
+		// by one try for all.
+		p.draining = true
 		p.replace()
 	case hsm.ClassGone:
 		p.replace() // it takes a new process for most modules to see a token again
 	default:
 		return false
 	}
-	if c.done == nil || c.tries > 0 || t.closed || e.Class == hsm.ClassOperator && !t.serving() {
+	if c.done == nil || c.tries > 0 || t.closed {
 		return false
 	}
 	t.again(p, c)

@@ -23,6 +23,7 @@ type call struct {
 	suspect bool // it was with a worker that died
 
 	tries int      // workers that failed while they worked on it
+	outs  int      // workers whose login was lost when they worked on it
 	shun  *process // the one that failed last
 
 	queued     bool

@@ -12,8 +12,10 @@
 //     asked and did not answer is asked of another one. Of that, what two
 //     have died over is asked of no third, for it may be what crashed them;
 //     signing has no side effect that would forbid it.
-//  2. A PIN that the token refuses is not tried again: children log in one at
-//     a time, and after a refusal no further one starts (rule G of package hsm).
+//  2. A PIN that the token refuses is not tried again before an operator has
+//     acted: children log in one at a time and once each, one that loses its
+//     login is replaced, and after a refusal none starts (pin.go). Config.Tries
+//     keeps this over restarts.
 //  3. The children that sign have read-only sessions and know no request that
 //     writes. What writes is done by a child that starts for this one act and
 //     then ends; one at a time.
@@ -49,6 +51,11 @@ type Config struct {
 	Env        map[string]string // environment of the module, e.g. SOFTHSM2_CONF
 	TokenLabel string            // label of the token; required
 	PIN        hsm.PIN           // the user PIN; required
+
+	// ReadPIN, where it is set, reads the PIN anew: at [Token.ReadPIN], and while
+	// PIN is refused. Another one than before is taken for an operator's act.
+	ReadPIN func() (hsm.PIN, error)
+	Tries   Tries // nil: what was refused is remembered until Close
 
 	Workers  int // children that sign; one for each CPU
 	Sessions int // sessions of each of them, used at the same time; 1
@@ -127,8 +134,10 @@ type Token struct {
 	mu      sync.Mutex
 	live    []*process // those that sign; in a fixed order, so that a lone caller finds a warm one
 	waiting queue
-	refused error // of a login, with class G: nothing starts any more
-	down    error // why the last start failed; nil where one has succeeded since
+	pin     hsm.PIN
+	refused error         // why the PIN is not tried: nothing starts before an operator has acted
+	mended  chan struct{} // closed when refused is no more
+	down    error         // why the last start failed; nil where one has succeeded since
 	closed  bool
 }
 
@@ -138,13 +147,14 @@ type Token struct {
 func Open(ctx context.Context, c Config) (*Token, error) {
 	c.defaults()
 	t := &Token{
-		c: c, log: c.Logger, threads: newThread(),
+		c: c, log: c.Logger, threads: newThread(), pin: c.PIN,
 		starting: make(chan struct{}, 1), admin: make(chan struct{}, 1),
 	}
 	t.closing, t.stop = context.WithCancel(context.WithoutCancel(ctx))
 	first, err := t.start(ctx, modeSign)
 	if err != nil {
 		t.stop()
+		t.running.Wait()
 		t.threads.end()
 		return nil, err
 	}

@@ -79,6 +79,8 @@ static CK_RV sign(CK_SESSION_HANDLE sh, CK_BYTE_PTR data, CK_ULONG n, CK_BYTE_PT
 	}
 alive:;
 	CK_RV rv = ordered("Sign");
+	if (rv == CKR_USER_NOT_LOGGED_IN) // and that is so
+		real->C_Logout(sh);
 	return rv ? rv : real->C_Sign(sh, data, n, sig, m);
 }
 
