@@ -19,6 +19,7 @@ type Config struct {
 	TokenLabel string            // CKA label of the token; must be unique in the module
 	PIN        PIN               // the user PIN; not looked at where Ask is set
 	Sessions   int               // bound on sessions used for signing; 0 is defaultSessions
+	Profile    string            // one of Profiles; empty: by the module's file name and the token's maker
 	Logger     *slog.Logger      // nil logs nothing
 
 	// Ask, where it is set, gives the PIN: Open calls it once, when it has found
@@ -41,6 +42,7 @@ type Info struct {
 	ModuleVersion   string // CK_INFO libraryVersion
 	CryptokiVersion string // the PKCS#11 version the module speaks
 	Manufacturer    string // of the token
+	Profile         string // in force; ProfileNamed has it
 	TokenLabel      string
 	TokenModel      string
 	TokenSerial     string
@@ -86,6 +88,9 @@ func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
 	if c.Ask == nil && c.PIN.Reveal() == "" {
 		return nil, fmt.Errorf("opening token %q: %w", c.TokenLabel, errNoPIN)
 	}
+	if _, err := ProfileNamed(c.Profile); c.Profile != "" && err != nil {
+		return nil, err
+	}
 	m, err := acquire(c.Module, c.Env)
 	if err != nil {
 		return nil, err
@@ -102,6 +107,9 @@ func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
 		err = usable(t)
 	}
 	if err == nil {
+		if p.profile, err = ProfileNamed(c.Profile); err != nil {
+			p.profile = profileOf(c.Module, t.ManufacturerID)
+		}
 		err = p.describe(t)
 	}
 	if err != nil {
@@ -171,7 +179,7 @@ func (p *Pool) describe(t pkcs11.TokenInfo) error {
 	p.info = Info{
 		Module: i.LibraryDescription, ModuleVersion: version(i.LibraryVersion), CryptokiVersion: version(i.CryptokiVersion),
 		Manufacturer: t.ManufacturerID, TokenLabel: t.Label, TokenModel: t.Model, TokenSerial: t.SerialNumber,
-		WrongPIN: t.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0, CountsPINs: strings.HasPrefix(t.ManufacturerID, "SoftHSM"),
+		WrongPIN: t.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0, CountsPINs: p.profile.CountsPINs, Profile: p.profile.Name,
 	}
 	for _, m := range mechanisms {
 		// An error is how a token says that it lacks the mechanism.

@@ -123,6 +123,7 @@ func welcome(f frame) (hsm.Info, error) {
 // admit has a child that is ready take requests.
 func (t *Token) admit(p *process) {
 	t.mu.Lock()
+	p.progress = time.Now()
 	t.live = append(t.live, p)
 	t.down = nil
 	fed := t.feed(nil)
@@ -296,7 +297,11 @@ func (t *Token) sleep(d time.Duration) bool {
 // watch is the watchdog, until stop is closed: a call into a module cannot be
 // cancelled, so the process goes.
 func (t *Token) watch(stop <-chan struct{}) {
-	tick := time.NewTicker(max(t.c.CallTimeout/8, time.Millisecond))
+	every := t.c.CallTimeout / 8
+	if t.c.KeepAlive > 0 {
+		every = min(every, t.c.KeepAlive/4)
+	}
+	tick := time.NewTicker(max(every, time.Millisecond))
 	defer tick.Stop()
 	for {
 		select {
@@ -304,13 +309,21 @@ func (t *Token) watch(stop <-chan struct{}) {
 		case <-stop:
 			return
 		}
+		var pinged []*process
 		t.mu.Lock()
 		for _, p := range t.live {
+			if t.c.KeepAlive > 0 && len(p.inFlight) == 0 && !p.draining && time.Since(p.progress) > t.c.KeepAlive {
+				p.give(&call{kind: kindPing}) // that nobody waits for
+				pinged = append(pinged, p)
+			}
 			if len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout {
 				p.hung = true
 				p.kill()
 			}
 		}
 		t.mu.Unlock()
+		for _, p := range pinged {
+			p.flush()
+		}
 	}
 }

@@ -50,6 +50,7 @@ type Config struct {
 	Module     string            // path of the PKCS#11 module; required
 	Env        map[string]string // environment of the module, e.g. SOFTHSM2_CONF
 	TokenLabel string            // label of the token; required
+	Profile    string            // as in hsm.Config
 	PIN        hsm.PIN           // the user PIN; required
 
 	// ReadPIN, where it is set, reads the PIN anew: at [Token.ReadPIN], and while
@@ -66,6 +67,9 @@ type Config struct {
 	CallTimeout time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
 	StartTimeout time.Duration
+	// KeepAlive is how long a child may be idle before it is made to use its token;
+	// 0: as the token's profile has it. Negative: for ever.
+	KeepAlive time.Duration
 	// RecycleAge and RecycleOps end a child that is as old, or has answered as
 	// much: modules leak. Its successor starts first. Negative: never.
 	RecycleAge time.Duration
@@ -161,6 +165,9 @@ func Open(ctx context.Context, c Config) (*Token, error) {
 	}
 	t.info = first.info
 	t.info.Sessions *= c.Workers
+	if profile, err := hsm.ProfileNamed(t.info.Profile); err == nil && c.KeepAlive == 0 {
+		t.c.KeepAlive = profile.KeepAlive
+	}
 	t.admit(first)
 	unwatch := make(chan struct{})
 	t.unwatch = func() { close(unwatch) }
