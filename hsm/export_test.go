@@ -35,7 +35,6 @@ func Codes() map[uint]Class {
 
 // For table tests of what needs no token.
 var (
-	CodeName   = codeName
 	ParseRSA   = parseRSA
 	MaxPINFile = maxPIN
 )

@@ -2,6 +2,7 @@ package hsm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -133,10 +134,14 @@ func (p *Pool) findToken(label string) (pkcs11.TokenInfo, error) {
 	}
 	var found []pkcs11.TokenInfo
 	var labels []string
+	blank := 0 // SoftHSM always shows one slot with an uninitialised token
 	for _, slot := range slots {
 		t, err := p.api.GetTokenInfo(slot)
+		if err == nil && t.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			blank++
+		}
 		if err != nil || t.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
-			continue // SoftHSM always shows one slot with an uninitialised token
+			continue
 		}
 		t.Label = strings.TrimRight(t.Label, "\x00 ") // padded with spaces; some pad with zeros
 		labels = append(labels, fmt.Sprintf("%q", t.Label))
@@ -150,10 +155,17 @@ func (p *Pool) findToken(label string) (pkcs11.TokenInfo, error) {
 		return found[0], nil
 	case len(found) > 1:
 		return pkcs11.TokenInfo{}, fmt.Errorf("%d tokens have this label (serials %s and %s): give one of them another", len(found), found[0].SerialNumber, found[1].SerialNumber)
-	case len(labels) == 0:
-		return pkcs11.TokenInfo{}, fmt.Errorf("the module shows no token at all: initialise one, or check the module's configuration (SoftHSM: SOFTHSM2_CONF=%q)", os.Getenv("SOFTHSM2_CONF"))
 	}
-	return pkcs11.TokenInfo{}, fmt.Errorf("no such token; the module has %s", strings.Join(labels, ", "))
+	why := softhsmTrouble(p.mod.path)
+	switch {
+	case why != "":
+		return pkcs11.TokenInfo{}, fmt.Errorf("no such token: %s", why)
+	case len(labels) > 0:
+		return pkcs11.TokenInfo{}, fmt.Errorf("no such token; the module has %s: correct token.label", strings.Join(labels, ", "))
+	case blank > 0:
+		return pkcs11.TokenInfo{}, fmt.Errorf("the module shows no initialised token, and %d that is not: initialise it, or check the module's configuration (SoftHSM: SOFTHSM2_CONF=%q)", blank, os.Getenv("SOFTHSM2_CONF"))
+	}
+	return pkcs11.TokenInfo{}, errors.New("the module shows no token at all: check the device, its connection, and the module's configuration")
 }
 
 // usable refuses before C_Login what C_Login would make worse.
