@@ -418,8 +418,8 @@ func TestModuleFaults(t *testing.T) {
 			l := newLoad(t, tok, generate(t, tok, "k", "p256"), 8)
 			seen := map[int]bool{}
 			until(t, "four workers have been replaced", func() bool {
-				l.wait(t, 50)
 				taken(t, c, "Sign")
+				l.wait(t, 50) // what met the fault is done again by now, and does not meet the next
 				until(t, "there are two workers", func() bool { return len(tok.Workers()) == 2 })
 				for _, w := range tok.Workers() {
 					seen[w.PID] = true
