@@ -61,7 +61,7 @@ var rules = map[Class]rule{
 	ClassLogin:    {retries: 1, drop: true, epoch: true, login: true, advice: "the login was renewed and it happened again; check that nothing else logs this token out"},
 	ClassBusy:     {retries: 3, backoff: true, advice: "the token is busy; send the request again later, or use fewer sessions"},
 	ClassGone:     {drop: true, epoch: true, advice: "the token does not work; check the device and its connection, then restart the worker"},
-	ClassOperator: {drop: true, advice: "an operator must see to the token's user PIN; it will not be tried again before a restart"},
+	ClassOperator: {drop: true, advice: "an operator must see to the token's user PIN; it is not tried again before that"},
 	ClassCrashed:  {advice: "the worker is to be killed and replaced"},
 }
 
@@ -152,12 +152,12 @@ const (
 
 // advice tells more than its class can, for the codes an operator meets.
 var advice = map[uint]string{
-	pkcs11.CKR_PIN_INCORRECT:                  "PIN incorrect: it was tried once and will not be tried again; correct the PIN file and restart",
-	pkcs11.CKR_PIN_INVALID:                    "the token does not accept such a PIN; correct the PIN file and restart",
-	pkcs11.CKR_PIN_LEN_RANGE:                  "the PIN is too short or too long for this token; correct the PIN file and restart",
-	pkcs11.CKR_PIN_EXPIRED:                    "the user PIN has expired; set a new one in the token and in the PIN file, and restart",
-	pkcs11.CKR_PIN_LOCKED:                     "the user PIN is locked after too many wrong ones; unlock it with the SO PIN, correct the PIN file, and restart",
-	pkcs11.CKR_USER_PIN_NOT_INITIALIZED:       "the token has no user PIN yet; set one with the SO PIN (pkcs11-tool --init-pin) and restart",
+	pkcs11.CKR_PIN_INCORRECT:                  "PIN incorrect: it was tried once and will not be tried again; correct the PIN file",
+	pkcs11.CKR_PIN_INVALID:                    "the token does not accept such a PIN; correct the PIN file",
+	pkcs11.CKR_PIN_LEN_RANGE:                  "the PIN is too short or too long for this token; correct the PIN file",
+	pkcs11.CKR_PIN_EXPIRED:                    "the user PIN has expired; set a new one in the token and in the PIN file",
+	pkcs11.CKR_PIN_LOCKED:                     "the user PIN is locked after too many wrong ones; unlock it with the SO PIN, and correct the PIN file",
+	pkcs11.CKR_USER_PIN_NOT_INITIALIZED:       "the token has no user PIN yet; set one with the SO PIN (pkcs11-tool --init-pin)",
 	pkcs11.CKR_MECHANISM_INVALID:              "the token does not offer this mechanism; use another key type or scheme",
 	pkcs11.CKR_SESSION_COUNT:                  "the token has no session left; use fewer sessions, or close other programs that use it",
 	pkcs11.CKR_TOKEN_WRITE_PROTECTED:          "the token is write protected; lift the protection to make or delete keys",
@@ -180,7 +180,7 @@ type Error struct {
 func (e *Error) Error() string {
 	s := e.Op + ": "
 	if e.Code != 0 {
-		s += codeName(e.Code)
+		s += CodeName(e.Code)
 		if e.Detail != "" {
 			s += ": " + e.Detail
 		}
@@ -190,6 +190,14 @@ func (e *Error) Error() string {
 		return s + ": " + rules[e.Class].advice
 	}
 	return s + e.Detail
+}
+
+// Name is the code's, or what stands for it where there is none.
+func (e *Error) Name() string {
+	if e.Code == 0 {
+		return e.Detail
+	}
+	return CodeName(e.Code)
 }
 
 // Refused says that the request is wrong in itself.
@@ -211,7 +219,8 @@ func classify(code uint) Class {
 	return ClassGone
 }
 
-func codeName(code uint) string {
+// CodeName is the name of a CK_RV in the standard, or its number.
+func CodeName(code uint) string {
 	if c, ok := codes[code]; ok {
 		return c.name
 	}

@@ -138,22 +138,32 @@ func (w *worker) only(id []byte, class uint) (pkcs11.ObjectHandle, error) {
 // and what may clash with them.
 const maxFound = 16
 
+// Alike says whether signing with one key takes as long as with the other: both
+// were used before, and are of one type and size.
+func (p *Pool) Alike(a, b []byte) bool {
+	p.keysMu.RLock()
+	defer p.keysMu.RUnlock()
+	x, ok := p.keys[string(a)]
+	y, also := p.keys[string(b)]
+	return ok && also && x.typ == y.typ && x.size == y.size
+}
+
 func (w *worker) find(t ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
 	if err := w.p.api.FindObjectsInit(w.sh, t); err != nil {
-		return nil, fail("C_FindObjectsInit", err)
+		return nil, w.p.profile.fail("C_FindObjectsInit", err)
 	}
 	hs, _, err := w.p.api.FindObjects(w.sh, maxFound)
 	ferr := w.p.api.FindObjectsFinal(w.sh)
 	if err != nil {
-		return nil, fail("C_FindObjects", err)
+		return nil, w.p.profile.fail("C_FindObjects", err)
 	}
-	return hs, fail("C_FindObjectsFinal", ferr)
+	return hs, w.p.profile.fail("C_FindObjectsFinal", ferr)
 }
 
 func (w *worker) attribute(h pkcs11.ObjectHandle, a uint) ([]byte, error) {
 	as, err := w.p.api.GetAttributeValue(w.sh, h, []*pkcs11.Attribute{pkcs11.NewAttribute(a, nil)})
 	if err != nil {
-		return nil, fail("C_GetAttributeValue", err)
+		return nil, w.p.profile.fail("C_GetAttributeValue", err)
 	}
 	return as[0].Value, nil
 }

@@ -2,6 +2,7 @@ package hsm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -17,9 +18,17 @@ type Config struct {
 	Module     string            // path of the PKCS#11 module
 	Env        map[string]string // set in this process before the module is loaded, e.g. SOFTHSM2_CONF
 	TokenLabel string            // CKA label of the token; must be unique in the module
-	PIN        PIN               // the user PIN
+	PIN        PIN               // the user PIN; not looked at where Ask is set
 	Sessions   int               // bound on sessions used for signing; 0 is defaultSessions
+	Profile    string            // one of Profiles; empty: by the module's file name and the token's maker
 	Logger     *slog.Logger      // nil logs nothing
+
+	// Ask, where it is set, gives the PIN: Open calls it once, when it has found
+	// the token and would log in. Where it errs no PIN is tried, and Open fails
+	// with that error. Such a pool forgets the PIN when it is logged in, and does
+	// not log in again: when the login is lost, operations fail with ClassLogin,
+	// for a supervisor who counts the tries of all its pools to act on.
+	Ask func(Info) (PIN, error)
 }
 
 // defaultSessions is one for each CPU: one alone idles while its result is handed
@@ -34,9 +43,12 @@ type Info struct {
 	ModuleVersion   string // CK_INFO libraryVersion
 	CryptokiVersion string // the PKCS#11 version the module speaks
 	Manufacturer    string // of the token
+	Profile         string // in force; ProfileNamed has it
 	TokenLabel      string
 	TokenModel      string
 	TokenSerial     string
+	WrongPIN        bool        // at Open: a wrong PIN was entered since somebody last logged in, by the token's word
+	CountsPINs      bool        // the token is known to keep WrongPIN
 	Sessions        int         // the bound in force
 	Mechanisms      []Mechanism // those this package uses, offered or not
 }
@@ -74,15 +86,18 @@ func Open(ctx context.Context, c Config) (*Pool, error) {
 
 // open lets tests stand between the pool and the module.
 func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
-	if c.PIN.Reveal() == "" {
+	if c.Ask == nil && c.PIN.Reveal() == "" {
 		return nil, fmt.Errorf("opening token %q: %w", c.TokenLabel, errNoPIN)
+	}
+	if _, err := ProfileNamed(c.Profile); c.Profile != "" && err != nil {
+		return nil, err
 	}
 	m, err := acquire(c.Module, c.Env)
 	if err != nil {
 		return nil, err
 	}
 	p := &Pool{
-		api: wrap(m.ctx), mod: m, pin: c.PIN, log: c.Logger,
+		api: wrap(m.ctx), mod: m, pin: c.PIN, ask: c.Ask, log: c.Logger,
 		keys: map[string]key{},
 	}
 	if p.log == nil {
@@ -93,6 +108,9 @@ func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
 		err = usable(t)
 	}
 	if err == nil {
+		if p.profile, err = ProfileNamed(c.Profile); err != nil {
+			p.profile = profileOf(c.Module, t.ManufacturerID)
+		}
 		err = p.describe(t)
 	}
 	if err != nil {
@@ -116,10 +134,14 @@ func (p *Pool) findToken(label string) (pkcs11.TokenInfo, error) {
 	}
 	var found []pkcs11.TokenInfo
 	var labels []string
+	blank := 0 // SoftHSM always shows one slot with an uninitialised token
 	for _, slot := range slots {
 		t, err := p.api.GetTokenInfo(slot)
+		if err == nil && t.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			blank++
+		}
 		if err != nil || t.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
-			continue // SoftHSM always shows one slot with an uninitialised token
+			continue
 		}
 		t.Label = strings.TrimRight(t.Label, "\x00 ") // padded with spaces; some pad with zeros
 		labels = append(labels, fmt.Sprintf("%q", t.Label))
@@ -133,10 +155,17 @@ func (p *Pool) findToken(label string) (pkcs11.TokenInfo, error) {
 		return found[0], nil
 	case len(found) > 1:
 		return pkcs11.TokenInfo{}, fmt.Errorf("%d tokens have this label (serials %s and %s): give one of them another", len(found), found[0].SerialNumber, found[1].SerialNumber)
-	case len(labels) == 0:
-		return pkcs11.TokenInfo{}, fmt.Errorf("the module shows no token at all: initialise one, or check the module's configuration (SoftHSM: SOFTHSM2_CONF=%q)", os.Getenv("SOFTHSM2_CONF"))
 	}
-	return pkcs11.TokenInfo{}, fmt.Errorf("no such token; the module has %s", strings.Join(labels, ", "))
+	why := softhsmTrouble(p.mod.path)
+	switch {
+	case why != "":
+		return pkcs11.TokenInfo{}, fmt.Errorf("no such token: %s", why)
+	case len(labels) > 0:
+		return pkcs11.TokenInfo{}, fmt.Errorf("no such token; the module has %s: correct token.label", strings.Join(labels, ", "))
+	case blank > 0:
+		return pkcs11.TokenInfo{}, fmt.Errorf("the module shows no initialised token, and %d that is not: initialise it, or check the module's configuration (SoftHSM: SOFTHSM2_CONF=%q)", blank, os.Getenv("SOFTHSM2_CONF"))
+	}
+	return pkcs11.TokenInfo{}, errors.New("the module shows no token at all: check the device, its connection, and the module's configuration")
 }
 
 // usable refuses before C_Login what C_Login would make worse.
@@ -148,7 +177,7 @@ func usable(t pkcs11.TokenInfo) error {
 		return &Error{Op: "C_GetTokenInfo", Code: pkcs11.CKR_PIN_LOCKED, Class: ClassOperator}
 	case t.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
 		return &Error{Op: "C_GetTokenInfo", Class: ClassOperator,
-			Detail: "one more wrong PIN locks the token, so none was tried; log in once by hand with the right one (pkcs11-tool --login --test), which resets the count, and restart"}
+			Detail: "one more wrong PIN locks the token, so none was tried; log in once by hand with the right one (pkcs11-tool --login --test), which resets the count"}
 	}
 	return nil
 }
@@ -162,6 +191,7 @@ func (p *Pool) describe(t pkcs11.TokenInfo) error {
 	p.info = Info{
 		Module: i.LibraryDescription, ModuleVersion: version(i.LibraryVersion), CryptokiVersion: version(i.CryptokiVersion),
 		Manufacturer: t.ManufacturerID, TokenLabel: t.Label, TokenModel: t.Model, TokenSerial: t.SerialNumber,
+		WrongPIN: t.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0, CountsPINs: p.profile.CountsPINs, Profile: p.profile.Name,
 	}
 	for _, m := range mechanisms {
 		// An error is how a token says that it lacks the mechanism.

@@ -77,22 +77,27 @@ func benchStream(t *testing.T, g *gateway) {
 			t.Fatal(err)
 		}
 		sign := raw.signer(t, keys.Algorithm(a), key.TokenID)
-		var ours, theirs []float64
+		ours, theirs := map[int][]float64{}, []float64(nil)
+		callers := []int{1, 8, 128}
 		for range rounds {
 			theirs = append(theirs, sign(2*time.Second))
-			var r struct {
-				PerSecond float64 `json:"signatures_per_second"`
+			for _, n := range callers {
+				var r struct {
+					PerSecond float64 `json:"signatures_per_second"`
+				}
+				out := g.must(t, "signwarden", "bench", "sign", "--key", "bench-"+a, "--concurrency", fmt.Sprint(n), "--duration", "2s", "-o", "json")
+				if err := json.Unmarshal([]byte(out), &r); err != nil {
+					t.Fatal(err)
+				}
+				ours[n] = append(ours[n], r.PerSecond)
 			}
-			out := g.must(t, "signwarden", "bench", "sign", "--key", "bench-"+a, "--concurrency", "128", "--duration", "2s", "-o", "json")
-			if err := json.Unmarshal([]byte(out), &r); err != nil {
-				t.Fatal(err)
-			}
-			ours = append(ours, r.PerSecond)
 		}
-		slices.Sort(ours)
 		slices.Sort(theirs)
-		o, r := ours[rounds/2], theirs[rounds/2]
-		fmt.Printf("one gRPC stream, %s: %.0f/s, raw C_Sign %.0f/s: ratio %.2f\n", a, o, r, o/r)
+		for _, n := range callers {
+			slices.Sort(ours[n])
+			o, r := ours[n][rounds/2], theirs[rounds/2]
+			fmt.Printf("one gRPC stream, %s, %d callers: %.0f/s, raw C_Sign %.0f/s: ratio %.2f\n", a, n, o, r, o/r)
+		}
 	}
 }
 

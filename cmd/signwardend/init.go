@@ -295,7 +295,7 @@ func (f *initFlags) write(ctx context.Context, dir, host string, conf config.Con
 	if err != nil {
 		return err
 	}
-	pool, err := openToken(ctx, loaded.Token, slog.New(slog.DiscardHandler))
+	pool, err := openToken(ctx, loaded, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}

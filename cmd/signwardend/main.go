@@ -33,7 +33,7 @@ Begin with: signwardend init --dir D --dev`,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
-	root.AddCommand(initCommand(), serveCommand(), clientCommand(), checkCommand())
+	root.AddCommand(initCommand(), serveCommand(), clientCommand(), checkCommand(), tokenCommand())
 	err := exit.Execute(context.Background(), root)
 	if err != nil {
 		exit.Print(os.Stderr, "signwardend", err)

@@ -40,7 +40,12 @@ PKCS#11 module is loaded by worker processes, which serve starts and replaces
 (signwardend hsm-worker); they end with it.
 
 SIGTERM or SIGINT: finish what is in flight and end.
-SIGHUP: read certificates and the configuration's agents again; open streams go on.`,
+SIGHUP: read certificates, the PIN and the configuration's agents again; open
+streams go on.
+
+A PIN that the token has refused is not tried again, by this start or another,
+until the PIN file has another one or ` + "`signwardend token retry-pin`" + ` was said. A gateway
+that serves sees either by itself.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			conf, err := d.load()
@@ -107,6 +112,11 @@ func serve(ctx context.Context, flags *dirFlags, conf config.Config) error {
 	if err := d.agents.apply(ctx, conf.Agents); err != nil {
 		return err
 	}
+	stop, err := d.watch(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
 	fmt.Fprintf(os.Stderr, "signwardend: serving gRPC with mutual TLS on %s%s\n", listener.Addr(), d.agents.String())
 
 	served := make(chan error, 1)
@@ -142,13 +152,16 @@ func (d *daemon) reload(ctx context.Context) {
 		d.log.Error("reloading: the old certificates stay", "error", err)
 		return
 	}
+	if err := d.parts.token.ReadPIN(); err != nil {
+		d.log.Error("reloading: the old PIN stays", "error", err)
+	}
 	if err := d.agents.apply(ctx, conf.Agents); err != nil {
 		d.log.Error("reloading: not every agent socket is served", "error", err)
 	}
 	was, is := d.conf, conf
 	was.TLS, was.Agents, is.TLS, is.Agents = config.TLS{}, nil, config.TLS{}, nil
 	if !reflect.DeepEqual(was, is) {
-		d.log.Warn("reloading: listen, token, store and limits change at the next start only")
+		d.log.Warn("reloading: listen, token, store, limits and metrics change at the next start only")
 	}
 	d.log.Info("reloaded", "agents", len(conf.Agents))
 }

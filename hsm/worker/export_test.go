@@ -21,6 +21,7 @@ const KindDone = kindDone
 var Frame = func(kind byte, number uint32, body []byte) []byte { return appendFrame(nil, kind, number, body) }
 
 func Hello(c Config) []byte   { return appendFrame(nil, kindHello, 0, newHello(modeSign, c).append(nil)) }
+func Ask(i hsm.Info) []byte   { return appendFrame(nil, kindAsk, 0, appendInfo(nil, i)) }
 func Ready(i hsm.Info) []byte { return appendFrame(nil, kindReady, 0, appendInfo(nil, i)) }
 func Failed(err error) []byte { return appendFrame(nil, kindFailed, 3, appendFailure(nil, err)) }
 func Sign(id, digest []byte, o crypto.SignerOpts) []byte {
@@ -44,7 +45,7 @@ func Reencode(b []byte) (again []byte, n int, err error) {
 			return nil, 0, err
 		}
 		body = h.append(nil)
-	case kindReady:
+	case kindReady, kindAsk:
 		i, err := parseInfo(f.body)
 		if err != nil {
 			return nil, 0, err

@@ -32,7 +32,9 @@ const (
 // The kinds of frames.
 const (
 	kindHello    byte = iota + 1 // to the child, the first: hello
-	kindReady                    // its answer: hsm.Info
+	kindAsk                      // its answer: hsm.Info; it would log in
+	kindPIN                      // to the child, the answer to that: the PIN
+	kindReady                    // it is logged in: hsm.Info
 	kindSign                     // sign request; the answer is the signature
 	kindSuspect                  // the same, of one that may have crashed a child: no answer is held over it
 	kindPublic                   // an id; the answer is a public key

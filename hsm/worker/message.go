@@ -27,14 +27,14 @@ type hello struct {
 	sessions uint16
 	module   string
 	label    string
-	pin      string
+	profile  string
 	env      []variable // sorted by name
 }
 
 type variable struct{ name, value string }
 
 func newHello(mode byte, c Config) hello {
-	h := hello{mode: mode, sessions: uint16(min(c.Sessions, maxString)), module: c.Module, label: c.TokenLabel, pin: c.PIN.Reveal()}
+	h := hello{mode: mode, sessions: uint16(min(c.Sessions, maxString)), module: c.Module, label: c.TokenLabel, profile: c.Profile}
 	for _, name := range slices.Sorted(maps.Keys(c.Env)) {
 		h.env = append(h.env, variable{name, c.Env[name]})
 	}
@@ -44,7 +44,7 @@ func newHello(mode byte, c Config) hello {
 func (h hello) append(dst []byte) []byte {
 	dst = append(dst, h.mode)
 	dst = binary.BigEndian.AppendUint16(dst, h.sessions)
-	for _, s := range []string{h.module, h.label, h.pin} {
+	for _, s := range []string{h.module, h.label, h.profile} {
 		dst = appendString(dst, s)
 	}
 	for _, v := range h.env {
@@ -55,7 +55,7 @@ func (h hello) append(dst []byte) []byte {
 
 func parseHello(b []byte) (hello, error) {
 	d := decoder{b: b}
-	h := hello{mode: d.byte(), sessions: d.uint16(), module: d.string(), label: d.string(), pin: d.string()}
+	h := hello{mode: d.byte(), sessions: d.uint16(), module: d.string(), label: d.string(), profile: d.string()}
 	for !d.bad && len(d.b) > 0 {
 		v := variable{d.string(), d.string()}
 		if n := len(h.env); n > 0 && cmp.Compare(h.env[n-1].name, v.name) >= 0 {
@@ -73,9 +73,10 @@ func parseHello(b []byte) (hello, error) {
 }
 
 func appendInfo(dst []byte, i hsm.Info) []byte {
-	for _, s := range []string{i.Module, i.ModuleVersion, i.CryptokiVersion, i.Manufacturer, i.TokenLabel, i.TokenModel, i.TokenSerial} {
+	for _, s := range []string{i.Module, i.ModuleVersion, i.CryptokiVersion, i.Manufacturer, i.Profile, i.TokenLabel, i.TokenModel, i.TokenSerial} {
 		dst = appendString(dst, s)
 	}
+	dst = appendBool(appendBool(dst, i.WrongPIN), i.CountsPINs)
 	dst = binary.BigEndian.AppendUint16(dst, uint16(min(max(i.Sessions, 0), maxString)))
 	for _, m := range i.Mechanisms {
 		dst = appendBool(appendString(dst, m.Name), m.Offered)
@@ -88,9 +89,10 @@ func appendInfo(dst []byte, i hsm.Info) []byte {
 func parseInfo(b []byte) (hsm.Info, error) {
 	d := decoder{b: b}
 	var i hsm.Info
-	for _, s := range []*string{&i.Module, &i.ModuleVersion, &i.CryptokiVersion, &i.Manufacturer, &i.TokenLabel, &i.TokenModel, &i.TokenSerial} {
+	for _, s := range []*string{&i.Module, &i.ModuleVersion, &i.CryptokiVersion, &i.Manufacturer, &i.Profile, &i.TokenLabel, &i.TokenModel, &i.TokenSerial} {
 		*s = d.string()
 	}
+	i.WrongPIN, i.CountsPINs = d.bool(), d.bool()
 	i.Sessions = int(d.uint16())
 	for !d.bad && len(d.b) > 0 {
 		i.Mechanisms = append(i.Mechanisms, hsm.Mechanism{

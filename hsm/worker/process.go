@@ -38,6 +38,7 @@ type process struct {
 	progress time.Time
 	answered int64
 	hung     bool          // killed for it
+	why      Cause         // of its end, where it is to end
 	draining bool          // it gets no more
 	drained  chan struct{} // closed when it is draining and has answered all
 	out      []byte        // frames that nobody is writing
@@ -151,6 +152,9 @@ func (p *process) give(c *call) {
 	if len(p.inFlight) == 0 {
 		p.progress = time.Now()
 	}
+	if p.t.c.Observer != nil {
+		c.given = time.Now()
+	}
 	p.inFlight = append(p.inFlight, c)
 	kind := c.kind
 	if kind == kindSign && c.suspect {
@@ -256,6 +260,7 @@ func (p *process) serve() {
 // waits. It returns how much of b it has read.
 func (t *Token) take(p *process, b []byte) (used int, err error) {
 	var last *call // of a list of those to tell, by prev
+	now := time.Now()
 	t.mu.Lock()
 	for {
 		f, n, ferr := parseFrame(b[used:])
@@ -277,13 +282,16 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 			err = serr
 			break
 		}
+		if told && t.c.Observer != nil && c.kind == kindSign {
+			t.c.Observer.Answered(c.given.Sub(c.at), now.Sub(c.given))
+		}
 		if told {
 			c.prev, last = last, c
 		}
 	}
-	p.progress = time.Now()
+	p.progress = now
 	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
-		p.replace()
+		p.replace(CauseRecycled)
 	}
 	var few [4]*process
 	fed := t.feed(few[:0])
@@ -330,17 +338,29 @@ func (t *Token) settle(p *process, c *call, f frame) (told bool, err error) {
 // returns true where the request is done again, by another one. mu is held.
 func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
 	switch e.Class {
-	case hsm.ClassOperator:
-		// Its login is lost and was refused. Others may be logged in still.
+	case hsm.ClassLogin:
+		// A child does not log in again: its successor does, when it is its turn,
+		// or N children would each try a PIN that is no longer right.
 		p.draining = true
-		t.refuse(e)
-		p.replace()
+		p.replace(CauseLogin)
+		if c.done == nil || t.closed || c.outs > t.c.Workers {
+			return false
+		}
+		c.outs++
+		c.shun = p
+		t.waiting.pushFront(c)
+		return true
+	case hsm.ClassOperator:
+		// It does nothing more. Whether the PIN is still right its successor learns,
+		// by one try for all.
+		p.draining = true
+		p.replace(CauseLogin)
 	case hsm.ClassGone:
-		p.replace() // it takes a new process for most modules to see a token again
+		p.replace(CauseToken) // it takes a new process for most modules to see a token again
 	default:
 		return false
 	}
-	if c.done == nil || c.tries > 0 || t.closed || e.Class == hsm.ClassOperator && !t.serving() {
+	if c.done == nil || c.tries > 0 || t.closed {
 		return false
 	}
 	t.again(p, c)
@@ -382,7 +402,10 @@ func (t *Token) lose(p *process, cause error) {
 			t.waiting.pushFront(c)
 		}
 	}
-	hung, draining := p.hung, p.draining
+	hung, draining, why := p.hung, p.draining, p.why
+	if t.closed {
+		why = CauseClosed
+	}
 	fed := t.feed(nil)
 	if err := t.unable(); err != nil {
 		t.failWaiting(err)
@@ -401,16 +424,21 @@ func (t *Token) lose(p *process, cause error) {
 	p.bury()
 	switch {
 	case hung:
+		t.ended(CauseHung)
 		p.log.Error("worker hung and was killed", slog.Int("requests", len(lost)))
 	case draining && cause == nil && p.cmd.ProcessState.Success():
+		t.ended(why)
 		p.log.Info("worker ended", slog.Int64("answered", p.answered))
 	default:
+		t.ended(CauseCrashed)
 		p.log.Error("worker died", slog.String("state", p.cmd.ProcessState.String()), slog.Int("requests", len(lost)), slog.Any("error", cause))
 	}
 }
 
-// replace has the child's keeper start a successor.
-func (p *process) replace() {
+// replace has the child's keeper start a successor, and notes why; Token.mu is
+// held.
+func (p *process) replace(why Cause) {
+	p.why = why
 	select {
 	case p.retire <- struct{}{}:
 	default: // it knows

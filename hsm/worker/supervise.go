@@ -22,8 +22,12 @@ const (
 const endTimeout = 5 * time.Second
 
 // replacePause is the least age of a worker that is replaced because the
-// token does not work: a new process may not help.
-var replacePause = 5 * time.Second
+// token does not work: a new process may not help. loginPause is that of one
+// which has lost its login, and can do nothing more.
+var (
+	replacePause = 5 * time.Second
+	loginPause   = 250 * time.Millisecond
+)
 
 // start starts a child and returns when it is logged in. One does at a time:
 // where its PIN is refused, no other has tried it, nor will.
@@ -46,7 +50,7 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.info, err = p.greet(ctx, mode)
+	err = p.greet(ctx, mode)
 	if err == nil {
 		return p, nil
 	}
@@ -61,34 +65,51 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 		err = &hsm.Error{Op: "starting a worker", Class: hsm.ClassCrashed,
 			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, t.c.StartTimeout)}
 	}
-	if e, ok := errors.AsType[*hsm.Error](err); ok && e.Class == hsm.ClassOperator {
-		t.mu.Lock()
-		t.refuse(err)
-		t.mu.Unlock()
-	}
 	return nil, err
 }
 
-// greet tells the child what it is for, and waits until it is ready.
-func (p *process) greet(ctx context.Context, mode byte) (hsm.Info, error) {
+// greet tells the child what it is for, gives it the PIN when it would log in,
+// and waits until it is ready.
+func (p *process) greet(ctx context.Context, mode byte) error {
 	p.conn.SetDeadline(time.Now().Add(p.t.c.StartTimeout))
 	now := func() { p.conn.SetDeadline(time.Unix(1, 0)) }
 	defer context.AfterFunc(ctx, now)()
 	defer context.AfterFunc(p.t.closing, now)()
-	if _, err := p.conn.Write(appendFrame(nil, kindHello, 0, newHello(mode, p.t.c).append(nil))); err != nil {
-		return hsm.Info{}, fmt.Errorf("greeting a worker: %w", err)
+	f, err := p.exchange(kindHello, newHello(mode, p.t.c).append(nil))
+	if err == nil && f.kind == kindAsk {
+		f, err = p.login(f)
 	}
-	f, err := readFrame(p.conn)
 	if err != nil {
-		return hsm.Info{}, fmt.Errorf("greeting a worker: %w", err)
+		return err
 	}
+	if p.info, err = welcome(f); err != nil {
+		return err
+	}
+	return p.conn.SetDeadline(time.Time{})
+}
+
+// exchange sends one frame to a child that starts, and reads one.
+func (p *process) exchange(kind byte, body []byte) (frame, error) {
+	_, err := p.conn.Write(appendFrame(nil, kind, 0, body))
+	var f frame
+	if err == nil {
+		f, err = readFrame(p.conn)
+	}
+	if err != nil {
+		return frame{}, fmt.Errorf("greeting a worker: %w", err)
+	}
+	return f, nil
+}
+
+// welcome reads what a child that has started says.
+func welcome(f frame) (hsm.Info, error) {
 	switch f.kind {
 	case kindReady:
 		info, err := parseInfo(f.body)
 		if err != nil {
 			return hsm.Info{}, fmt.Errorf("greeting a worker: %w", err)
 		}
-		return info, p.conn.SetDeadline(time.Time{})
+		return info, nil
 	case kindFailed:
 		fail, err := parseFailure(f.body)
 		if err == nil {
@@ -99,20 +120,10 @@ func (p *process) greet(ctx context.Context, mode byte) (hsm.Info, error) {
 	return hsm.Info{}, fmt.Errorf("greeting a worker: %w: kind %d", errFrame, f.kind)
 }
 
-// refuse ends all starts, and keeps the first reason; mu is held.
-func (t *Token) refuse(err error) {
-	if t.refused == nil {
-		t.refused = err
-		t.log.Error("the token's PIN is not tried again before an operator has seen to it", slog.Any("error", err))
-	}
-	if !t.serving() {
-		t.failWaiting(t.refused)
-	}
-}
-
 // admit has a child that is ready take requests.
 func (t *Token) admit(p *process) {
 	t.mu.Lock()
+	p.progress = time.Now()
 	t.live = append(t.live, p)
 	t.down = nil
 	fed := t.feed(nil)
@@ -150,6 +161,9 @@ func (t *Token) keep(p *process) {
 		case <-p.retire:
 			p = t.succeed(p)
 		case <-age.C:
+			t.mu.Lock()
+			p.why = CauseRecycled
+			t.mu.Unlock()
 			p = t.succeed(p)
 		}
 		age.Stop()
@@ -171,7 +185,7 @@ func (t *Token) raise(pause *time.Duration) *process {
 		*pause = min(max(2**pause, minPause), maxPause)
 		t.mu.Lock()
 		t.down = err
-		refused := t.refused != nil
+		refused, mended := t.refused != nil, t.mended
 		if !t.serving() {
 			t.failWaiting(err)
 		}
@@ -180,9 +194,15 @@ func (t *Token) raise(pause *time.Duration) *process {
 			return nil
 		}
 		if refused {
-			<-t.closing.Done()
-			return nil
+			select {
+			case <-mended:
+				*pause = 0
+				continue
+			case <-t.closing.Done():
+				return nil
+			}
 		}
+		t.ended(CauseStart)
 		t.log.Error("no worker could be started", slog.Any("error", err), slog.Duration("next", *pause))
 	}
 }
@@ -208,7 +228,9 @@ func (t *Token) succeed(p *process) *process {
 			return p
 		}
 		p.born = time.Now() // so that it is not tried again at once
-		p.replace()
+		t.mu.Lock()
+		p.replace(p.why)
+		t.mu.Unlock()
 		return p
 	}
 	t.admit(q)
@@ -220,12 +242,15 @@ func (t *Token) succeed(p *process) *process {
 // to end without a successor: it has died, or none would log in.
 func (t *Token) due(p *process) bool {
 	t.mu.Lock()
-	refused := t.refused != nil && p.draining
+	refused, pause := t.refused != nil && p.draining, replacePause
+	if p.draining {
+		pause = min(pause, loginPause)
+	}
 	t.mu.Unlock()
 	if refused {
 		return false
 	}
-	timer := time.NewTimer(time.Until(p.born.Add(replacePause)))
+	timer := time.NewTimer(time.Until(p.born.Add(pause)))
 	defer timer.Stop()
 	select {
 	case <-timer.C:
@@ -272,7 +297,11 @@ func (t *Token) sleep(d time.Duration) bool {
 // watch is the watchdog, until stop is closed: a call into a module cannot be
 // cancelled, so the process goes.
 func (t *Token) watch(stop <-chan struct{}) {
-	tick := time.NewTicker(max(t.c.CallTimeout/8, time.Millisecond))
+	every := t.c.CallTimeout / 8
+	if t.c.KeepAlive > 0 {
+		every = min(every, t.c.KeepAlive/4)
+	}
+	tick := time.NewTicker(max(every, time.Millisecond))
 	defer tick.Stop()
 	for {
 		select {
@@ -280,13 +309,21 @@ func (t *Token) watch(stop <-chan struct{}) {
 		case <-stop:
 			return
 		}
+		var pinged []*process
 		t.mu.Lock()
 		for _, p := range t.live {
+			if t.c.KeepAlive > 0 && len(p.inFlight) == 0 && !p.draining && time.Since(p.progress) > t.c.KeepAlive {
+				p.give(&call{kind: kindPing}) // that nobody waits for
+				pinged = append(pinged, p)
+			}
 			if len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout {
 				p.hung = true
 				p.kill()
 			}
 		}
 		t.mu.Unlock()
+		for _, p := range pinged {
+			p.flush()
+		}
 	}
 }

@@ -12,8 +12,10 @@
 //     asked and did not answer is asked of another one. Of that, what two
 //     have died over is asked of no third, for it may be what crashed them;
 //     signing has no side effect that would forbid it.
-//  2. A PIN that the token refuses is not tried again: children log in one at
-//     a time, and after a refusal no further one starts (rule G of package hsm).
+//  2. A PIN that the token refuses is not tried again before an operator has
+//     acted: children log in one at a time and once each, one that loses its
+//     login is replaced, and after a refusal none starts (pin.go). Config.Tries
+//     keeps this over restarts.
 //  3. The children that sign have read-only sessions and know no request that
 //     writes. What writes is done by a child that starts for this one act and
 //     then ends; one at a time.
@@ -48,7 +50,13 @@ type Config struct {
 	Module     string            // path of the PKCS#11 module; required
 	Env        map[string]string // environment of the module, e.g. SOFTHSM2_CONF
 	TokenLabel string            // label of the token; required
+	Profile    string            // as in hsm.Config
 	PIN        hsm.PIN           // the user PIN; required
+
+	// ReadPIN, where it is set, reads the PIN anew: at [Token.ReadPIN], and while
+	// PIN is refused. Another one than before is taken for an operator's act.
+	ReadPIN func() (hsm.PIN, error)
+	Tries   Tries // nil: what was refused is remembered until Close
 
 	Workers  int // children that sign; one for each CPU
 	Sessions int // sessions of each of them, used at the same time; 1
@@ -59,12 +67,16 @@ type Config struct {
 	CallTimeout time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
 	StartTimeout time.Duration
+	// KeepAlive is how long a child may be idle before it is made to use its token;
+	// 0: as the token's profile has it. Negative: for ever.
+	KeepAlive time.Duration
 	// RecycleAge and RecycleOps end a child that is as old, or has answered as
 	// much: modules leak. Its successor starts first. Negative: never.
 	RecycleAge time.Duration
 	RecycleOps int64
 
-	Logger *slog.Logger // nil logs nothing
+	Logger   *slog.Logger // nil logs nothing
+	Observer Observer     // nil: nobody is told
 }
 
 // Defaults of Config.
@@ -127,8 +139,10 @@ type Token struct {
 	mu      sync.Mutex
 	live    []*process // those that sign; in a fixed order, so that a lone caller finds a warm one
 	waiting queue
-	refused error // of a login, with class G: nothing starts any more
-	down    error // why the last start failed; nil where one has succeeded since
+	pin     hsm.PIN
+	refused error         // why the PIN is not tried: nothing starts before an operator has acted
+	mended  chan struct{} // closed when refused is no more
+	down    error         // why the last start failed; nil where one has succeeded since
 	closed  bool
 }
 
@@ -138,18 +152,22 @@ type Token struct {
 func Open(ctx context.Context, c Config) (*Token, error) {
 	c.defaults()
 	t := &Token{
-		c: c, log: c.Logger, threads: newThread(),
+		c: c, log: c.Logger, threads: newThread(), pin: c.PIN,
 		starting: make(chan struct{}, 1), admin: make(chan struct{}, 1),
 	}
 	t.closing, t.stop = context.WithCancel(context.WithoutCancel(ctx))
 	first, err := t.start(ctx, modeSign)
 	if err != nil {
 		t.stop()
+		t.running.Wait()
 		t.threads.end()
 		return nil, err
 	}
 	t.info = first.info
 	t.info.Sessions *= c.Workers
+	if profile, err := hsm.ProfileNamed(t.info.Profile); err == nil && c.KeepAlive == 0 {
+		t.c.KeepAlive = profile.KeepAlive
+	}
 	t.admit(first)
 	unwatch := make(chan struct{})
 	t.unwatch = func() { close(unwatch) }

@@ -79,7 +79,15 @@ static CK_RV sign(CK_SESSION_HANDLE sh, CK_BYTE_PTR data, CK_ULONG n, CK_BYTE_PT
 	}
 alive:;
 	CK_RV rv = ordered("Sign");
+	if (rv == CKR_USER_NOT_LOGGED_IN) // and that is so
+		real->C_Logout(sh);
 	return rv ? rv : real->C_Sign(sh, data, n, sig, m);
+}
+
+static CK_RV generateRandom(CK_SESSION_HANDLE sh, CK_BYTE_PTR data, CK_ULONG n) {
+	count("C_GenerateRandom");
+	CK_RV rv = ordered("GenerateRandom");
+	return rv ? rv : real->C_GenerateRandom(sh, data, n);
 }
 
 static CK_RV generate(CK_SESSION_HANDLE sh, CK_MECHANISM_PTR mech, CK_ATTRIBUTE_PTR pub, CK_ULONG npub,
@@ -99,6 +107,7 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR list) {
 		ours.C_OpenSession = openSession;
 		ours.C_Login = login;
 		ours.C_Sign = sign;
+		ours.C_GenerateRandom = generateRandom;
 		ours.C_GenerateKeyPair = generate;
 	}
 	*list = &ours;
