@@ -38,6 +38,9 @@ type process struct {
 	progress time.Time
 	answered int64
 	hung     bool          // killed for it
+	stalled  bool          // it is late with an answer
+	worn     bool          // it is to be replaced whether it stalls or not
+	lent     chan struct{} // an administrative worker gets its sessions, until this is closed; nil: none
 	draining bool          // it gets no more
 	drained  chan struct{} // closed when it is draining and has answered all
 	out      []byte        // frames that nobody is writing
@@ -272,16 +275,15 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 		c := p.inFlight[i]
 		p.inFlight = slices.Delete(p.inFlight, i, i+1)
 		p.answered++
-		told, serr := t.settle(p, c, f)
-		if serr != nil {
-			err = serr
+		c, err = t.settle(p, c, f)
+		if err != nil {
 			break
 		}
-		if told {
+		if c != nil {
 			c.prev, last = last, c
 		}
 	}
-	p.progress = time.Now()
+	t.advance(p, used > 0)
 	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
 		p.replace()
 	}
@@ -302,28 +304,35 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 	return used, err
 }
 
-// settle puts an answer into its call. It returns false where there is nobody
-// to tell, or the call is done again. mu is held.
-func (t *Token) settle(p *process, c *call, f frame) (told bool, err error) {
+// settle puts an answer into its call, and returns that for its caller to be told;
+// nil where there is nobody to tell, or the call is done again. mu is held.
+func (t *Token) settle(p *process, c *call, f frame) (tell *call, err error) {
 	switch f.kind {
 	case kindDone:
+		if c.twin != nil {
+			c = t.reunite(c)
+		}
 		c.answer, c.err = bytes.Clone(f.body), nil
 	case kindFailed:
 		fail, err := parseFailure(f.body)
 		if err != nil {
 			t.again(p, c)
-			return false, err
+			return nil, err
 		}
 		c.answer, c.err = nil, fail
 		if e, ok := fail.cause.(*hsm.Error); ok && t.blame(p, c, e) {
-			return false, nil
+			return nil, nil
 		}
 	default:
 		t.again(p, c)
-		return false, fmt.Errorf("%w: an answer of kind %d", errFrame, f.kind)
+		return nil, fmt.Errorf("%w: an answer of kind %d", errFrame, f.kind)
+	}
+	if c.done == nil {
+		return nil, nil
 	}
 	c.shun = nil
-	return c.done != nil, nil
+	c.layGhosts()
+	return c, nil
 }
 
 // blame does what the class of an error asks of the worker that gave it. It
@@ -378,19 +387,28 @@ func (t *Token) lose(p *process, cause error) {
 	p.inFlight = nil
 	var failed []*call
 	for i, c := range slices.Backward(lost) { // so that the first is in front in the end
-		if c.done == nil {
-			continue
-		}
 		// The first was being worked on, and the others had only been sent; unless it was
 		// done and its answer held, which no answer is before one that is suspect.
-		if i < t.c.Sessions && (c.suspect || len(lost) == 1) {
+		culprit := i < t.c.Sessions && (c.suspect || len(lost) == 1)
+		ghost := c.done == nil
+		if ghost {
+			if c = c.twin; c == nil {
+				continue
+			}
+		}
+		if culprit {
 			c.tries++
 			c.shun = p
 		}
 		c.suspect = true
-		if c.tries > 1 || t.closed {
+		switch {
+		case c.tries > 1 || t.closed:
+			if ghost {
+				t.takeBack(c)
+			}
+			c.layGhosts()
 			failed = append(failed, c)
-		} else {
+		case !ghost:
 			t.waiting.pushFront(c)
 		}
 	}
@@ -421,8 +439,14 @@ func (t *Token) lose(p *process, cause error) {
 	}
 }
 
-// replace has the child's keeper start a successor.
+// replace has the child's keeper start a successor. Called with Token.mu held.
 func (p *process) replace() {
+	p.worn = true
+	p.notify()
+}
+
+// notify wakes the child's keeper.
+func (p *process) notify() {
 	select {
 	case p.retire <- struct{}{}:
 	default: // it knows

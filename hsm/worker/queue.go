@@ -28,13 +28,18 @@ type call struct {
 
 	queued     bool
 	prev, next *call // in the queue
+
+	// A call that was moved from a worker that stalls left a ghost there, of which
+	// it is the twin: what the ghost is answered is the call's answer (stall.go).
+	ghosts []*call
+	twin   *call
 }
 
 var calls = sync.Pool{New: func() any { return &call{done: make(chan struct{}, 1)} }}
 
 func newCall(kind byte) *call {
 	c := calls.Get().(*call)
-	*c = call{kind: kind, body: c.body[:0], done: c.done}
+	*c = call{kind: kind, body: c.body[:0], done: c.done, ghosts: c.ghosts[:0]}
 	return c
 }
 
@@ -145,12 +150,19 @@ func (t *Token) serving() bool {
 func (t *Token) abandon(c *call) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	return t.takeBack(c)
+}
+
+// takeBack has nobody answer c any more; false where it is answered. mu is held.
+func (t *Token) takeBack(c *call) bool {
 	if c.queued {
 		t.waiting.remove(c)
+		c.layGhosts()
 		return true
 	}
 	for _, p := range t.live {
 		if p.disown(c) {
+			c.layGhosts()
 			return true
 		}
 	}
@@ -158,11 +170,12 @@ func (t *Token) abandon(c *call) bool {
 }
 
 // pick returns the worker with the fewest requests in flight that has room, or
-// nil. It prefers one that answers, and is not shunned; mu is held.
+// nil. It prefers one that answers, and is not shunned; one that stalls gets
+// nothing. mu is held.
 func (t *Token) pick(shun *process) *process {
 	var best, worse *process
 	for _, p := range t.live {
-		if len(p.inFlight) >= p.room || p.draining {
+		if len(p.inFlight) >= p.room || p.draining || p.stalled {
 			continue
 		}
 		to := &best
@@ -200,6 +213,7 @@ func (t *Token) feed(fed []*process) []*process {
 func (t *Token) failWaiting(err error) {
 	for c := t.waiting.first; c != nil; c = t.waiting.first {
 		t.waiting.remove(c)
+		c.layGhosts()
 		c.finish(nil, err)
 	}
 }

@@ -156,10 +156,14 @@ func (t *Token) keep(p *process) {
 			if pause = 0; p.answered == 0 { // nobody else touches it any more
 				pause = minPause
 			}
+			t.awaitReturn(p)
 			p = nil
 		case <-p.retire:
 			p = t.succeed(p)
 		case <-age.C:
+			t.mu.Lock()
+			p.worn = true
+			t.mu.Unlock()
 			p = t.succeed(p)
 		}
 		age.Stop()
@@ -205,8 +209,17 @@ func (t *Token) raise(pause *time.Duration) *process {
 // succeed replaces a worker that is old or does not work: first there is the
 // new one, then the old one ends. Where no other starts the old one stays.
 func (t *Token) succeed(p *process) *process {
-	if !t.due(p) {
+	t.mu.Lock()
+	// One that has not answered anything is no proof that others would.
+	late := p.stalled && p.answered > 0
+	needless := !p.worn && !late // it stalled, and may have gone on since
+	t.mu.Unlock()
+	if needless {
+		return p
+	}
+	if !late && !t.due(p) {
 		t.end(p)
+		t.awaitReturn(p)
 		return nil
 	}
 	q, err := t.start(t.closing, modeSign)
@@ -216,26 +229,30 @@ func (t *Token) succeed(p *process) *process {
 		t.mu.Unlock()
 		if draining || t.closing.Err() != nil {
 			t.end(p)
+			t.awaitReturn(p)
 			return nil
 		}
 		p.log.Error("worker has no successor and stays", slog.Any("error", err))
 		if refused { // and no start will do better
 			return p
 		}
+		t.mu.Lock()
 		p.born = time.Now() // so that it is not tried again at once
 		p.replace()
+		t.mu.Unlock()
 		return p
 	}
 	t.admit(q)
-	t.end(p)
+	t.running.Go(func() { t.end(p) }) // which may take CallTimeout, and q wants its keeper
 	return q
 }
 
 // due waits until p is old enough to be replaced. It returns false where p is
-// to end without a successor: it has died, or none would log in.
+// to end without a successor: it has died, none would log in, or its sessions
+// are lent.
 func (t *Token) due(p *process) bool {
 	t.mu.Lock()
-	refused, pause := t.refused != nil && p.draining, replacePause
+	refused, pause := t.refused != nil && p.draining || p.lent != nil, replacePause
 	if p.draining {
 		pause = min(pause, loginPause)
 	}
@@ -245,13 +262,23 @@ func (t *Token) due(p *process) bool {
 	}
 	timer := time.NewTimer(time.Until(p.born.Add(pause)))
 	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-p.dead:
-	case <-t.closing.Done():
+	for {
+		select {
+		case <-timer.C:
+			return true
+		case <-p.retire:
+			t.mu.Lock()
+			late, lent := p.stalled && p.answered > 0, p.lent != nil
+			t.mu.Unlock()
+			if late || lent {
+				return !lent
+			}
+			continue
+		case <-p.dead:
+		case <-t.closing.Done():
+		}
+		return false
 	}
-	return false
 }
 
 // end has a worker finish what it has, and end.
@@ -284,27 +311,5 @@ func (t *Token) sleep(d time.Duration) bool {
 		return t.closing.Err() == nil
 	case <-t.closing.Done():
 		return false
-	}
-}
-
-// watch is the watchdog, until stop is closed: a call into a module cannot be
-// cancelled, so the process goes.
-func (t *Token) watch(stop <-chan struct{}) {
-	tick := time.NewTicker(max(t.c.CallTimeout/8, time.Millisecond))
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-stop:
-			return
-		}
-		t.mu.Lock()
-		for _, p := range t.live {
-			if len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout {
-				p.hung = true
-				p.kill()
-			}
-		}
-		t.mu.Unlock()
 	}
 }

@@ -62,8 +62,12 @@ type Config struct {
 	Depth    int // requests that a session has at the most, the one it works on included; DefaultDepth
 
 	// CallTimeout is how long a child may work on requests without answering
-	// one, before it is taken for hung and killed.
+	// one, before it is taken for hung and killed. What it has is asked of others
+	// earlier, when it is much later than the slowest answer of the last seconds.
 	CallTimeout time.Duration
+	// KeepAlive is after how long a child that has nothing to do asks the token
+	// whether its session is alive: some end those that are idle. Negative: never.
+	KeepAlive time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
 	StartTimeout time.Duration
 	// RecycleAge and RecycleOps end a child that is as old, or has answered as
@@ -81,6 +85,7 @@ const (
 	// waits for its watchdog (docs/PERFORMANCE.md has figures).
 	DefaultDepth        = 8
 	DefaultCallTimeout  = 2 * time.Second
+	DefaultKeepAlive    = 10 * time.Second
 	DefaultStartTimeout = 30 * time.Second
 	DefaultRecycleAge   = 24 * time.Hour
 	DefaultRecycleOps   = 10_000_000
@@ -96,6 +101,9 @@ func (c *Config) defaults() {
 	}
 	if c.CallTimeout <= 0 {
 		c.CallTimeout = DefaultCallTimeout
+	}
+	if c.KeepAlive == 0 {
+		c.KeepAlive = DefaultKeepAlive
 	}
 	if c.StartTimeout <= 0 {
 		c.StartTimeout = DefaultStartTimeout
@@ -139,6 +147,7 @@ type Token struct {
 	mended  chan struct{} // closed when refused is no more
 	down    error         // why the last start failed; nil where one has succeeded since
 	closed  bool
+	slowest time.Duration // time between two answers, of the last while
 }
 
 // Open starts a first worker and returns when it is logged in; the others
