@@ -214,6 +214,7 @@ type Worker struct {
 	PID      int
 	Answered int64 // requests
 	InFlight int
+	Ending   bool // it gets no more
 }
 
 // Workers are the children that sign, at this moment.
@@ -222,7 +223,7 @@ func (t *Token) Workers() []Worker {
 	defer t.mu.Unlock()
 	ws := make([]Worker, len(t.live))
 	for i, p := range t.live {
-		ws[i] = Worker{p.pid(), p.answered, len(p.inFlight)}
+		ws[i] = Worker{p.pid(), p.answered, len(p.inFlight), p.draining}
 	}
 	return ws
 }
