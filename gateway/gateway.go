@@ -44,6 +44,7 @@ type Config struct {
 	Amend      Amend        // nil: none can be changed
 	Read       Read         // nil: messages are refused
 	Logger     *slog.Logger // nil: discards
+	Observer   Observer     // nil: nobody is told
 
 	// MaxInFlight bounds requests between admission and answer, over all
 	// principals; MaxPerPrincipal those of one. A request beyond is refused at once.
@@ -73,6 +74,9 @@ type Gateway struct {
 	// stale is set where a change may have been stored and could not be read
 	// back. Until it can, nothing is decided: fail closed.
 	stale atomic.Bool
+
+	// failing is set while the last commit of audit entries failed.
+	failing atomic.Bool
 
 	// admin serialises administrative changes: each commits to the store and
 	// then replaces snap. It is held for one commit and one load, never while a
@@ -128,7 +132,7 @@ func New(ctx context.Context, c Config) (*Gateway, error) {
 	if err := g.recall(ctx); err != nil {
 		return nil, err
 	}
-	g.audit = audit.New(func(ctx context.Context, records []audit.Record) (int64, error) {
+	g.audit = audit.New(g.observed(func(ctx context.Context, records []audit.Record) (int64, error) {
 		var change store.Change
 		for i, r := range records {
 			change.Audit = append(change.Audit, r.Entry)
@@ -140,7 +144,7 @@ func New(ctx context.Context, c Config) (*Gateway, error) {
 			}
 		}
 		return c.Store.Commit(ctx, change)
-	})
+	}))
 	if err := g.cleanUp(ctx); err != nil {
 		g.Close()
 		return nil, err
@@ -251,6 +255,17 @@ type Signature struct {
 // Errors wrap one of the sentinels of package sigerr. The context bounds waiting
 // and the token's work; it cannot cancel the audit record.
 func (g *Gateway) Sign(ctx context.Context, p ident.Principal, r Request) (Signature, error) {
+	if g.c.Observer == nil {
+		return g.answer(ctx, p, r)
+	}
+	began := time.Now()
+	sig, err := g.answer(ctx, p, r)
+	g.c.Observer.Ended(err, time.Since(began))
+	return sig, err
+}
+
+// answer is Sign.
+func (g *Gateway) answer(ctx context.Context, p ident.Principal, r Request) (Signature, error) {
 	now := g.c.Now()
 	if err := p.Check(now); err != nil {
 		return Signature{}, err // nobody has asked: there is nothing to record
@@ -372,13 +387,16 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, conten
 	}
 	expected := g.audit.Expect()
 	defer expected.Cancel()
+	began := g.clock()
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
 	sig, err := g.c.Token.Sign(tctx, k.ID, signed, scheme.SaltedOptions(r.Hash, r.SaltLength))
 	cancel()
+	began = g.stage(StageToken, began)
 	if err != nil {
 		return g.refuse(e, audit.Failed, tokenError(err), err.Error())
 	}
 	err = keys.VerifySalted(k.PublicKey, scheme, r.Hash, r.SaltLength, signed, sig)
+	began = g.stage(StageVerify, began)
 	if err != nil { // 2
 		g.log.Error("token returned a signature that does not verify: is this the token and the key that were registered?",
 			"key", k.Name, "token", k.Token, "error", err)
@@ -402,6 +420,7 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, conten
 		answer = r.answer(sig)
 	}
 	row, err := expected.Append(e, answer)
+	g.stage(StageAudit, began)
 	if err != nil { // 3
 		return Signature{}, g.unrecorded(err)
 	}

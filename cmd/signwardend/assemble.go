@@ -20,6 +20,7 @@ import (
 	"github.com/signwarden/signwarden/formats/sshsig"
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/config"
+	"github.com/signwarden/signwarden/gateway/metrics"
 	"github.com/signwarden/signwarden/gateway/policy"
 	"github.com/signwarden/signwarden/gateway/sigerr"
 	"github.com/signwarden/signwarden/gateway/store"
@@ -83,21 +84,29 @@ func openToken(ctx context.Context, c config.Config, log *slog.Logger) (*hsm.Poo
 
 // startWorkers opens the token that the configuration names in processes of its
 // own: for what serves.
-func startWorkers(ctx context.Context, conf config.Config, log *slog.Logger) (*worker.Token, error) {
+func startWorkers(ctx context.Context, conf config.Config, m *metrics.Metrics, log *slog.Logger) (*worker.Token, error) {
 	c := conf.Token
 	pin, err := readPIN(c)
 	if err != nil {
 		return nil, err
 	}
 	workers, each := split(c.Workers, c.Sessions, runtime.NumCPU())
-	return worker.Open(ctx, worker.Config{
+	t, err := worker.Open(ctx, worker.Config{
 		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, PIN: pin, Logger: log,
 		ReadPIN: func() (hsm.PIN, error) { return readPIN(c) },
 		Tries:   pinrecord.New(pinRecord(conf), c.Module, c.Label),
 		Workers: workers, Sessions: each,
 		CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
 		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
+		Observer: observeToken(m, c.Label),
 	})
+	if err == nil && m != nil {
+		m.TokenStats(c.Label, func() metrics.TokenStats {
+			s := t.Stats()
+			return metrics.TokenStats{Workers: s.Workers, InFlight: s.InFlight, Waiting: s.Waiting, Sessions: s.Sessions, Up: s.Err == nil}
+		})
+	}
+	return t, err
 }
 
 // split says how many workers there are, and sessions of each: no more sessions
@@ -219,12 +228,16 @@ type parts struct {
 	gateway *gateway.Gateway
 	token   *worker.Token
 	store   *store.SQLite
+	metrics *metrics.Metrics // nil where nobody is to read them
 	unlock  func()
 }
 
 // assemble opens what the configuration names. Close the result.
 func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts, err error) {
 	p := &parts{}
+	if c.Metrics.Listen != "" {
+		p.metrics = metrics.New()
+	}
 	defer func() {
 		if err != nil {
 			p.close(log)
@@ -238,17 +251,24 @@ func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts,
 	if err != nil {
 		return nil, err
 	}
-	p.token, err = startWorkers(ctx, c, log)
+	p.token, err = startWorkers(ctx, c, p.metrics, log)
 	if err != nil {
 		return nil, err
 	}
+	var observer gateway.Observer
+	if p.metrics != nil {
+		observer = p.metrics
+	}
 	p.gateway, err = gateway.New(ctx, gateway.Config{
-		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Amend: amend, Read: read, Logger: log,
+		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Amend: amend, Read: read, Logger: log, Observer: observer,
 		MaxInFlight: c.Limits.InFlight, MaxPerPrincipal: c.Limits.InFlightPerPrincipal,
 		SignTimeout: time.Duration(c.Limits.SignTimeout),
 	})
 	if err != nil {
 		return nil, err
+	}
+	if p.metrics != nil {
+		p.metrics.Gateway(p.gateway.InFlight)
 	}
 	return p, nil
 }

@@ -112,6 +112,11 @@ func serve(ctx context.Context, flags *dirFlags, conf config.Config) error {
 	if err := d.agents.apply(ctx, conf.Agents); err != nil {
 		return err
 	}
+	stop, err := d.watch(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
 	fmt.Fprintf(os.Stderr, "signwardend: serving gRPC with mutual TLS on %s%s\n", listener.Addr(), d.agents.String())
 
 	served := make(chan error, 1)
@@ -156,7 +161,7 @@ func (d *daemon) reload(ctx context.Context) {
 	was, is := d.conf, conf
 	was.TLS, was.Agents, is.TLS, is.Agents = config.TLS{}, nil, config.TLS{}, nil
 	if !reflect.DeepEqual(was, is) {
-		d.log.Warn("reloading: listen, token, store and limits change at the next start only")
+		d.log.Warn("reloading: listen, token, store, limits and metrics change at the next start only")
 	}
 	d.log.Info("reloaded", "agents", len(conf.Agents))
 }

@@ -127,8 +127,9 @@ func (c *Config) String() string { return strings.Join(c.addresses(), ", ") }
 func (c *Config) addresses() []string { return append([]string{c.Address}, c.Replicas...) }
 
 // overReplicas has gRPC begin calls and streams with each address in turn, but
-// for those that cannot be reached, or say that they do not serve.
-const overReplicas = `{"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}`
+// for those that cannot be reached, or say that they do not sign: their token or
+// their store does not work, or they are about to end.
+var overReplicas = fmt.Sprintf(`{"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": %q}}`, pb.SigningService_ServiceDesc.ServiceName)
 
 // target is what to connect to, and how where there are replicas.
 func (c *Config) target() (string, []grpc.DialOption) {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -33,6 +34,41 @@ type Config struct {
 	// Agents are sockets for users of this host.
 	Agents []Agent `yaml:"agents,omitempty"`
 	Limits Limits  `yaml:"limits,omitempty"`
+	// Metrics is the listener of /metrics, /healthz and /readyz.
+	Metrics Metrics `yaml:"metrics,omitempty"`
+}
+
+// Metrics is an HTTP listener that asks nobody who he is. There is none where
+// Listen is empty.
+type Metrics struct {
+	// Listen is a loopback address, like 127.0.0.1:7444, or unix:PATH.
+	Listen string `yaml:"listen,omitempty"`
+	// Remote allows another address than loopback: everybody who reaches it reads
+	// how much is signed and refused, and in what state the token is.
+	Remote bool `yaml:"remote,omitempty"`
+}
+
+// Network splits Listen into what net.Listen takes.
+func (m Metrics) Network() (network, address string) {
+	if path, ok := strings.CutPrefix(m.Listen, "unix:"); ok {
+		return "unix", path
+	}
+	return "tcp", m.Listen
+}
+
+func (m Metrics) check() error {
+	network, address := m.Network()
+	if m.Listen == "" || network == "unix" && address != "" {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("metrics.listen: %q is neither host:port nor unix:PATH", m.Listen)
+	}
+	if ip := net.ParseIP(host); !m.Remote && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return fmt.Errorf("metrics.listen: %q is no loopback address, and nobody is asked who he is there; use 127.0.0.1 or unix:PATH, or say metrics.remote: true", m.Listen)
+	}
+	return nil
 }
 
 // TLS names PEM files. There is no way to serve without them.
@@ -152,6 +188,9 @@ func Parse(b []byte, dir string) (Config, error) {
 func (c *Config) absolute(dir string) {
 	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Token.PINFile, &c.Token.PINRecord, &c.Store.SQLite}
 	makeAbsolute(dir, paths)
+	if network, path := c.Metrics.Network(); network == "unix" && path != "" && !filepath.IsAbs(path) {
+		c.Metrics.Listen = "unix:" + filepath.Join(dir, path)
+	}
 	for i := range c.Agents {
 		c.Agents[i].absolute(dir)
 	}
@@ -207,6 +246,9 @@ func (c *Config) check() error {
 		if n > maxSessions {
 			return fmt.Errorf("token: %d workers or sessions are more than %d", n, maxSessions)
 		}
+	}
+	if err := c.Metrics.check(); err != nil {
+		return err
 	}
 	sockets := map[string]bool{}
 	for i, a := range c.Agents {

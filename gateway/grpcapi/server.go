@@ -115,8 +115,24 @@ func New(c Config) (*Server, error) {
 	pb.RegisterPolicyServiceServer(s.grpc, &admin{s: s})
 	pb.RegisterAuditServiceServer(s.grpc, &admin{s: s})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
+	s.SetReady(true)
 	reflection.Register(s.grpc)
 	return s, nil
+}
+
+// signingService is the name under which a health check asks whether signatures
+// can be had. The empty name tells that the process lives.
+var signingService = pb.SigningService_ServiceDesc.ServiceName
+
+// SetReady says whether signatures can be had: a token and a store that work.
+// It is what the health of the signing service tells; that of the process ("")
+// is serving until Shutdown. A server begins as one that is ready.
+func (s *Server) SetReady(ready bool) {
+	status := healthpb.HealthCheckResponse_NOT_SERVING
+	if ready {
+		status = healthpb.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus(signingService, status) // after Shutdown it stays as it is
 }
 
 // Serve accepts connections on l until Shutdown.

@@ -140,7 +140,7 @@ func (t *Token) borrow(ctx context.Context) (giveBack func()) {
 	}
 	p := t.live[i]
 	p.draining, p.lent = true, make(chan struct{})
-	p.replace()
+	p.replace(CauseLent)
 	t.mu.Unlock()
 	giveBack = sync.OnceFunc(func() { close(p.lent) })
 	p.log.Info("worker lends its sessions to an administrative one")

@@ -39,8 +39,8 @@ type process struct {
 	answered int64
 	hung     bool          // killed for it
 	stalled  bool          // it is late with an answer
-	worn     bool          // it is to be replaced whether it stalls or not
 	lent     chan struct{} // an administrative worker gets its sessions, until this is closed; nil: none
+	why      Cause         // of its end, where it is to end
 	draining bool          // it gets no more
 	drained  chan struct{} // closed when it is draining and has answered all
 	out      []byte        // frames that nobody is writing
@@ -154,6 +154,9 @@ func (p *process) give(c *call) {
 	if len(p.inFlight) == 0 {
 		p.progress = time.Now()
 	}
+	if p.t.c.Observer != nil {
+		c.given = time.Now()
+	}
 	p.inFlight = append(p.inFlight, c)
 	kind := c.kind
 	if kind == kindSign && c.suspect {
@@ -259,6 +262,7 @@ func (p *process) serve() {
 // waits. It returns how much of b it has read.
 func (t *Token) take(p *process, b []byte) (used int, err error) {
 	var last *call // of a list of those to tell, by prev
+	now := time.Now()
 	t.mu.Lock()
 	for {
 		f, n, ferr := parseFrame(b[used:])
@@ -279,13 +283,16 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 		if err != nil {
 			break
 		}
+		if c != nil && t.c.Observer != nil && c.kind == kindSign {
+			t.c.Observer.Answered(c.given.Sub(c.at), now.Sub(c.given))
+		}
 		if c != nil {
 			c.prev, last = last, c
 		}
 	}
-	t.advance(p, used > 0)
+	t.advance(p, now, used > 0)
 	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
-		p.replace()
+		p.replace(CauseRecycled)
 	}
 	var few [4]*process
 	fed := t.feed(few[:0])
@@ -335,6 +342,11 @@ func (t *Token) settle(p *process, c *call, f frame) (tell *call, err error) {
 	return c, nil
 }
 
+// maxGone is how many more workers are asked where one says that the token does not
+// work: a device that fails one call of a hundred fails two in a row of one request in
+// ten thousand.
+const maxGone = 2
+
 // blame does what the class of an error asks of the worker that gave it. It
 // returns true where the request is done again, by another one. mu is held.
 func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
@@ -343,7 +355,7 @@ func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
 		// A child does not log in again: its successor does, when it is its turn,
 		// or N children would each try a PIN that is no longer right.
 		p.draining = true
-		p.replace()
+		p.replace(CauseLogin)
 		if c.done == nil || t.closed || c.outs > t.c.Workers {
 			return false
 		}
@@ -355,9 +367,16 @@ func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
 		// It does nothing more. Whether the PIN is still right its successor learns,
 		// by one try for all.
 		p.draining = true
-		p.replace()
+		p.replace(CauseLogin)
 	case hsm.ClassGone:
-		p.replace() // it takes a new process for most modules to see a token again
+		p.replace(CauseToken) // it takes a new process for most modules to see a token again
+		if c.done == nil || t.closed || c.gone == maxGone {
+			return false
+		}
+		c.gone++
+		c.shun = p
+		t.waiting.pushFront(c)
+		return true
 	default:
 		return false
 	}
@@ -412,7 +431,10 @@ func (t *Token) lose(p *process, cause error) {
 			t.waiting.pushFront(c)
 		}
 	}
-	hung, draining := p.hung, p.draining
+	hung, draining, why := p.hung, p.draining, p.why
+	if t.closed {
+		why = CauseClosed
+	}
 	fed := t.feed(nil)
 	if err := t.unable(); err != nil {
 		t.failWaiting(err)
@@ -431,17 +453,21 @@ func (t *Token) lose(p *process, cause error) {
 	p.bury()
 	switch {
 	case hung:
+		t.ended(CauseHung)
 		p.log.Error("worker hung and was killed", slog.Int("requests", len(lost)))
 	case draining && cause == nil && p.cmd.ProcessState.Success():
+		t.ended(why)
 		p.log.Info("worker ended", slog.Int64("answered", p.answered))
 	default:
+		t.ended(CauseCrashed)
 		p.log.Error("worker died", slog.String("state", p.cmd.ProcessState.String()), slog.Int("requests", len(lost)), slog.Any("error", cause))
 	}
 }
 
-// replace has the child's keeper start a successor. Called with Token.mu held.
-func (p *process) replace() {
-	p.worn = true
+// replace has the child's keeper start a successor, and notes why; Token.mu is
+// held.
+func (p *process) replace(why Cause) {
+	p.why = why
 	p.notify()
 }
 

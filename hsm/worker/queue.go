@@ -20,9 +20,12 @@ type call struct {
 	answer []byte
 	err    error
 
+	at, given time.Time // when it came, and was given to a worker; where somebody observes
+
 	suspect bool // it was with a worker that died
 
 	tries int      // workers that failed while they worked on it
+	gone  int      // workers that said that the token does not work
 	outs  int      // workers whose login was lost when they worked on it
 	shun  *process // the one that failed last
 
@@ -94,6 +97,9 @@ func (t *Token) do(ctx context.Context, op string, c *call) ([]byte, error) {
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
+	}
+	if t.c.Observer != nil {
+		c.at = time.Now()
 	}
 	t.mu.Lock()
 	if err := t.unable(); err != nil {

@@ -20,6 +20,8 @@ const (
 	slowFade = 10 * time.Second
 	// maxMoves bounds how often a call is asked of one more worker.
 	maxMoves = 2
+	// hurryFor is how long after its last answer a token is trusted to answer.
+	hurryFor = 5 * time.Second
 	// watchEvery is how often the watchdog looks.
 	watchEvery = 50 * time.Millisecond
 )
@@ -30,12 +32,53 @@ func (t *Token) late() time.Duration {
 }
 
 // advance notes that p has answered; mu is held.
-func (t *Token) advance(p *process, answered bool) {
-	now := time.Now()
+func (t *Token) advance(p *process, now time.Time, answered bool) {
 	if answered {
 		t.slowest = max(t.slowest, now.Sub(p.progress))
+		t.lastly = now
 	}
 	p.progress, p.stalled = now, false
+}
+
+// hurried says whether p is to have a successor because it stalls: the token answers
+// others, or did a moment ago. Where it answers nobody a new process is no help, and
+// each costs the token a login. mu is held.
+func (t *Token) hurried(p *process) bool {
+	return p.stalled && time.Since(t.lastly) < hurryFor
+}
+
+// startTimes tell how long the start of a child may take. One that hangs keeps all
+// others from starting.
+type startTimes struct {
+	slowest time.Duration
+	cut     int // starts that took too long, since one that did not
+}
+
+const (
+	startFactor = 8
+	minStart    = 600 * time.Millisecond
+)
+
+// startBound is how long a child may take now.
+func (t *Token) startBound() time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.begins.slowest == 0 {
+		return t.c.StartTimeout
+	}
+	return min(max(startFactor*t.begins.slowest, minStart)<<min(t.begins.cut, 16), t.c.StartTimeout)
+}
+
+// started notes how long a child took, or that it did not come up in its time.
+func (t *Token) started(took time.Duration, late bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if late {
+		t.begins.cut++
+		return
+	}
+	t.begins.cut = 0
+	t.begins.slowest = max(took, t.begins.slowest-t.begins.slowest/8)
 }
 
 // watch is the watchdog, until stop is closed.

@@ -50,8 +50,10 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = p.greet(ctx, mode)
+	bound := t.startBound()
+	err = p.greet(ctx, mode, bound)
 	if err == nil {
+		t.started(time.Since(p.born), false)
 		return p, nil
 	}
 	p.bury()
@@ -62,16 +64,17 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 	if cerr := ctx.Err(); cerr != nil && errors.Is(err, os.ErrDeadlineExceeded) {
 		err = cerr
 	} else if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.started(bound, true)
 		err = &hsm.Error{Op: "starting a worker", Class: hsm.ClassCrashed,
-			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, t.c.StartTimeout)}
+			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, bound)}
 	}
 	return nil, err
 }
 
 // greet tells the child what it is for, gives it the PIN when it would log in,
-// and waits until it is ready.
-func (p *process) greet(ctx context.Context, mode byte) error {
-	p.conn.SetDeadline(time.Now().Add(p.t.c.StartTimeout))
+// and waits until it is ready, no longer than bound.
+func (p *process) greet(ctx context.Context, mode byte, bound time.Duration) error {
+	p.conn.SetDeadline(time.Now().Add(bound))
 	now := func() { p.conn.SetDeadline(time.Unix(1, 0)) }
 	defer context.AfterFunc(ctx, now)()
 	defer context.AfterFunc(p.t.closing, now)()
@@ -162,7 +165,7 @@ func (t *Token) keep(p *process) {
 			p = t.succeed(p)
 		case <-age.C:
 			t.mu.Lock()
-			p.worn = true
+			p.why = CauseRecycled
 			t.mu.Unlock()
 			p = t.succeed(p)
 		}
@@ -202,6 +205,7 @@ func (t *Token) raise(pause *time.Duration) *process {
 				return nil
 			}
 		}
+		t.ended(CauseStart)
 		t.log.Error("no worker could be started", slog.Any("error", err), slog.Duration("next", *pause))
 	}
 }
@@ -210,9 +214,11 @@ func (t *Token) raise(pause *time.Duration) *process {
 // new one, then the old one ends. Where no other starts the old one stays.
 func (t *Token) succeed(p *process) *process {
 	t.mu.Lock()
-	// One that has not answered anything is no proof that others would.
-	late := p.stalled && p.answered > 0
-	needless := !p.worn && !late // it stalled, and may have gone on since
+	late := t.hurried(p)
+	needless := p.why == "" && !late // it stalled, and may have gone on since
+	if late && p.why == "" {
+		p.why = CauseStalled
+	}
 	t.mu.Unlock()
 	if needless {
 		return p
@@ -238,7 +244,7 @@ func (t *Token) succeed(p *process) *process {
 		}
 		t.mu.Lock()
 		p.born = time.Now() // so that it is not tried again at once
-		p.replace()
+		p.replace(p.why)
 		t.mu.Unlock()
 		return p
 	}
@@ -268,7 +274,7 @@ func (t *Token) due(p *process) bool {
 			return true
 		case <-p.retire:
 			t.mu.Lock()
-			late, lent := p.stalled && p.answered > 0, p.lent != nil
+			late, lent := t.hurried(p), p.lent != nil
 			t.mu.Unlock()
 			if late || lent {
 				return !lent

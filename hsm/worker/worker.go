@@ -69,13 +69,16 @@ type Config struct {
 	// whether its session is alive: some end those that are idle. Negative: never.
 	KeepAlive time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
+	// One that takes much longer than those before is ended earlier, and the next
+	// has twice its time.
 	StartTimeout time.Duration
 	// RecycleAge and RecycleOps end a child that is as old, or has answered as
 	// much: modules leak. Its successor starts first. Negative: never.
 	RecycleAge time.Duration
 	RecycleOps int64
 
-	Logger *slog.Logger // nil logs nothing
+	Logger   *slog.Logger // nil logs nothing
+	Observer Observer     // nil: nobody is told
 }
 
 // Defaults of Config.
@@ -148,6 +151,8 @@ type Token struct {
 	down    error         // why the last start failed; nil where one has succeeded since
 	closed  bool
 	slowest time.Duration // time between two answers, of the last while
+	lastly  time.Time     // when there was an answer
+	begins  startTimes
 }
 
 // Open starts a first worker and returns when it is logged in; the others
