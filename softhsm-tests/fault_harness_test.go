@@ -45,7 +45,10 @@ func newFaultToken(t testing.TB, change func(*worker.Config)) *faultToken {
 	t.Helper()
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "softhsm2.conf")
-	writeFile(t, conf, fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", dir))
+	if err := os.Mkdir(filepath.Join(dir, "tokens"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, conf, fmt.Sprintf("directories.tokendir = %s/tokens\nobjectstore.backend = file\nlog.level = ERROR\n", dir))
 	f := &faultToken{Module: faultp11.New(t, softhsmModule(t))}
 	f.Env["SOFTHSM2_CONF"] = conf
 	// By a program of its own: SoftHSM reads its configuration once in a process.

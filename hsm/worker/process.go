@@ -342,8 +342,8 @@ func (t *Token) settle(p *process, c *call, f frame) (tell *call, err error) {
 	return c, nil
 }
 
-// maxGone is how many more workers are asked where one says that the token does not
-// work: a device that fails one call of a hundred fails two in a row of one request in
+// maxGone is how many more workers are asked where one says that the token, or each
+// session of it, does not work: a device that fails one call of a hundred fails two in a row of one request in
 // ten thousand.
 const maxGone = 2
 
@@ -368,8 +368,10 @@ func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
 		// by one try for all.
 		p.draining = true
 		p.replace(CauseLogin)
-	case hsm.ClassGone:
-		p.replace(CauseToken) // it takes a new process for most modules to see a token again
+	case hsm.ClassGone, hsm.ClassStuck, hsm.ClassSession:
+		// It takes a new process for most modules to see a token again. And where a new
+		// session did not help, one may.
+		p.replace(CauseToken)
 		if c.done == nil || t.closed || c.gone == maxGone {
 			return false
 		}
