@@ -162,9 +162,9 @@ type faultGateway struct {
 	pub    crypto.PublicKey
 }
 
-// newFaultGateway serves one with a P-256 key "rel". lines are added to the token's
-// part of the configuration.
-func newFaultGateway(t testing.TB, lines string) *faultGateway {
+// newFaultGateway serves one with a P-256 key "rel". token is added to the token's part of
+// the configuration, more to its end.
+func newFaultGateway(t testing.TB, token string, more ...string) *faultGateway {
 	t.Helper()
 	f := &faultGateway{gateway: initGateway(t, shortDir(t)+"/gw"), Module: faultp11.New(t, softhsmModule(t))}
 	edit(t, f.dir, "module: "+softhsmModule(t), "module: "+faulty)
@@ -172,7 +172,9 @@ func newFaultGateway(t testing.TB, lines string) *faultGateway {
 	for k, v := range maps.All(f.Env) {
 		env += fmt.Sprintf("    %s: %s\n", k, v)
 	}
-	edit(t, f.dir, "  environment:\n", lines+"  environment:\n"+env)
+	edit(t, f.dir, "  environment:\n", token+"  environment:\n"+env)
+	conf := f.dir + "/signwardend.yaml"
+	writeFile(t, conf, string(readFile(t, conf))+strings.Join(more, ""))
 	f.serve(t)
 	f.must(t, "signwarden", "key", "create", "rel", "--algorithm", "p256")
 	f.client = f.gateway.client(t, "admin")

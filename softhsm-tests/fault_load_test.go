@@ -16,7 +16,7 @@ import (
 type tally struct {
 	mu    sync.Mutex // guards the next three; held for a few instructions
 	took  []time.Duration
-	began []time.Time // of each of took, before it is sorted
+	began []time.Time    // of each of took, before it is sorted
 	kinds map[string]int // of errors
 	first map[string]string
 	asked atomic.Int64
