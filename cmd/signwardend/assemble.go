@@ -96,7 +96,7 @@ func startWorkers(ctx context.Context, conf config.Config, m *metrics.Metrics, l
 		ReadPIN: func() (hsm.PIN, error) { return readPIN(c) },
 		Tries:   pinrecord.New(pinRecord(conf), c.Module, c.Label),
 		Workers: workers, Sessions: each,
-		CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
+		CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout), KeepAlive: time.Duration(c.KeepAlive),
 		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
 		Observer: observeToken(m, c.Label),
 	})

@@ -100,6 +100,9 @@ type Token struct {
 	// StartTimeout how long one has to log in.
 	CallTimeout  Duration `yaml:"call_timeout,omitempty"`
 	StartTimeout Duration `yaml:"start_timeout,omitempty"`
+	// KeepAlive is after how long a worker that has nothing to do asks the token
+	// whether its session is alive.
+	KeepAlive Duration `yaml:"keep_alive,omitempty"`
 	// RecycleAfter is the age at which a worker is replaced, and
 	// RecycleSignatures after how many signatures one is.
 	RecycleAfter      Duration `yaml:"recycle_after,omitempty"`
