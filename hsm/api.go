@@ -24,6 +24,7 @@ type api interface {
 
 	SignInit(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, o pkcs11.ObjectHandle) error
 	Sign(sh pkcs11.SessionHandle, message []byte) ([]byte, error)
+	GenerateRandom(sh pkcs11.SessionHandle, n int) ([]byte, error)
 
 	GenerateKeyPair(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, public, private []*pkcs11.Attribute) (pkcs11.ObjectHandle, pkcs11.ObjectHandle, error)
 	DestroyObject(sh pkcs11.SessionHandle, o pkcs11.ObjectHandle) error

@@ -180,7 +180,7 @@ type Error struct {
 func (e *Error) Error() string {
 	s := e.Op + ": "
 	if e.Code != 0 {
-		s += codeName(e.Code)
+		s += CodeName(e.Code)
 		if e.Detail != "" {
 			s += ": " + e.Detail
 		}
@@ -197,7 +197,7 @@ func (e *Error) Name() string {
 	if e.Code == 0 {
 		return e.Detail
 	}
-	return codeName(e.Code)
+	return CodeName(e.Code)
 }
 
 // Refused says that the request is wrong in itself.
@@ -222,7 +222,8 @@ func classify(code uint) Class {
 	return ClassGone
 }
 
-func codeName(code uint) string {
+// CodeName is the name of a CK_RV in the standard, or its number.
+func CodeName(code uint) string {
 	if c, ok := codes[code]; ok {
 		return c.name
 	}

@@ -1,6 +1,8 @@
 package hsm
 
 import (
+	"testing"
+
 	"context"
 
 	"github.com/miekg/pkcs11"
@@ -33,7 +35,6 @@ func Codes() map[uint]Class {
 
 // For table tests of what needs no token.
 var (
-	CodeName   = codeName
 	ParseRSA   = parseRSA
 	MaxPINFile = maxPIN
 )
@@ -51,3 +52,14 @@ func ParsePoint(algorithm string, point []byte) (any, error) {
 func NormaliseRSA(size int, sig []byte) ([]byte, error) {
 	return key{typ: pkcs11.CKK_RSA, size: size}.normalise(sig)
 }
+
+// ClassifyBy is the class of a code by a profile.
+func ClassifyBy(t testing.TB, profile, call string, code uint) Class {
+	p, err := ProfileNamed(profile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.classify(call, code)
+}
+
+func ProfileOf(module, maker string) string { return profileOf(module, maker).Name }

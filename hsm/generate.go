@@ -148,7 +148,7 @@ func (w *worker) generate(label string, id []byte, algorithm string) (crypto.Pub
 	mech, public, private := templates(label, id, algorithm)
 	pub, priv, err := w.p.api.GenerateKeyPair(w.sh, []*pkcs11.Mechanism{pkcs11.NewMechanism(mech, nil)}, public, private)
 	if err != nil {
-		return nil, fail("C_GenerateKeyPair", err)
+		return nil, w.p.profile.fail("C_GenerateKeyPair", err)
 	}
 	if err := w.inspect(priv); err != nil {
 		return nil, err
@@ -227,7 +227,7 @@ func (w *worker) destroy(id []byte) (int, error) {
 		}
 		for _, h := range hs {
 			if err := w.p.api.DestroyObject(w.sh, h); err != nil {
-				return n, fail("C_DestroyObject", err)
+				return n, w.p.profile.fail("C_DestroyObject", err)
 			}
 			n++
 		}

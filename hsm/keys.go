@@ -140,20 +140,20 @@ const maxFound = 16
 
 func (w *worker) find(t ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
 	if err := w.p.api.FindObjectsInit(w.sh, t); err != nil {
-		return nil, fail("C_FindObjectsInit", err)
+		return nil, w.p.profile.fail("C_FindObjectsInit", err)
 	}
 	hs, _, err := w.p.api.FindObjects(w.sh, maxFound)
 	ferr := w.p.api.FindObjectsFinal(w.sh)
 	if err != nil {
-		return nil, fail("C_FindObjects", err)
+		return nil, w.p.profile.fail("C_FindObjects", err)
 	}
-	return hs, fail("C_FindObjectsFinal", ferr)
+	return hs, w.p.profile.fail("C_FindObjectsFinal", ferr)
 }
 
 func (w *worker) attribute(h pkcs11.ObjectHandle, a uint) ([]byte, error) {
 	as, err := w.p.api.GetAttributeValue(w.sh, h, []*pkcs11.Attribute{pkcs11.NewAttribute(a, nil)})
 	if err != nil {
-		return nil, fail("C_GetAttributeValue", err)
+		return nil, w.p.profile.fail("C_GetAttributeValue", err)
 	}
 	return as[0].Value, nil
 }

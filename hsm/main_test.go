@@ -238,6 +238,13 @@ func (f *faulty) Sign(sh pkcs11.SessionHandle, message []byte) ([]byte, error) {
 	return f.API.Sign(sh, message)
 }
 
+func (f *faulty) GenerateRandom(sh pkcs11.SessionHandle, n int) ([]byte, error) {
+	if err := f.hit("C_GenerateRandom"); err != nil {
+		return nil, err
+	}
+	return f.API.GenerateRandom(sh, n)
+}
+
 func (f *faulty) GetAttributeValue(sh pkcs11.SessionHandle, o pkcs11.ObjectHandle, a []*pkcs11.Attribute) ([]*pkcs11.Attribute, error) {
 	as, err := f.API.GetAttributeValue(sh, o, a)
 	if err == nil && f.hit(fmt.Sprintf("C_GetAttributeValue %#x", a[0].Type)) != nil {

@@ -54,8 +54,14 @@ func acquire(path string, env map[string]string) (*module, error) {
 		return nil, err
 	}
 	if m.ctx == nil {
+		if err := loadable(real); err != nil {
+			return nil, err
+		}
+		if err := probe(real); err != nil {
+			return nil, err
+		}
 		if m.ctx = pkcs11.New(real); m.ctx == nil {
-			return nil, fmt.Errorf("%q is not a PKCS#11 module (no C_GetFunctionList), is built for another machine, or lacks a library: see `ldd %s`", path, path)
+			return nil, fmt.Errorf("PKCS#11 module %q cannot be loaded", path)
 		}
 		modules.loaded[real] = m
 	}
@@ -88,7 +94,11 @@ func (m *module) initialise() error {
 	if err == nil || errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
 		return nil
 	}
-	return fmt.Errorf("PKCS#11 module %q does not start (SoftHSM: is SOFTHSM2_CONF readable, and the token directory in it?): %w", m.path, fail("C_Initialize", err))
+	err = fail("C_Initialize", err)
+	if why := softhsmTrouble(m.path); why != "" {
+		return fmt.Errorf("PKCS#11 module %q does not start: %s (%w)", m.path, why, err)
+	}
+	return fmt.Errorf("PKCS#11 module %q does not start: %w", m.path, err)
 }
 
 // release undoes one acquire. The caller has no call running and no session

@@ -2,6 +2,7 @@ package hsm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -19,6 +20,7 @@ type Config struct {
 	TokenLabel string            // CKA label of the token; must be unique in the module
 	PIN        PIN               // the user PIN; not looked at where Ask is set
 	Sessions   int               // bound on sessions used for signing; 0 is defaultSessions
+	Profile    string            // one of Profiles; empty: by the module's file name and the token's maker
 	Logger     *slog.Logger      // nil logs nothing
 
 	// Ask, where it is set, gives the PIN: Open calls it once, when it has found
@@ -41,6 +43,7 @@ type Info struct {
 	ModuleVersion   string // CK_INFO libraryVersion
 	CryptokiVersion string // the PKCS#11 version the module speaks
 	Manufacturer    string // of the token
+	Profile         string // in force; ProfileNamed has it
 	TokenLabel      string
 	TokenModel      string
 	TokenSerial     string
@@ -86,6 +89,9 @@ func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
 	if c.Ask == nil && c.PIN.Reveal() == "" {
 		return nil, fmt.Errorf("opening token %q: %w", c.TokenLabel, errNoPIN)
 	}
+	if _, err := ProfileNamed(c.Profile); c.Profile != "" && err != nil {
+		return nil, err
+	}
 	m, err := acquire(c.Module, c.Env)
 	if err != nil {
 		return nil, err
@@ -102,6 +108,9 @@ func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
 		err = usable(t)
 	}
 	if err == nil {
+		if p.profile, err = ProfileNamed(c.Profile); err != nil {
+			p.profile = profileOf(c.Module, t.ManufacturerID)
+		}
 		err = p.describe(t)
 	}
 	if err != nil {
@@ -125,10 +134,14 @@ func (p *Pool) findToken(label string) (pkcs11.TokenInfo, error) {
 	}
 	var found []pkcs11.TokenInfo
 	var labels []string
+	blank := 0 // SoftHSM always shows one slot with an uninitialised token
 	for _, slot := range slots {
 		t, err := p.api.GetTokenInfo(slot)
+		if err == nil && t.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			blank++
+		}
 		if err != nil || t.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
-			continue // SoftHSM always shows one slot with an uninitialised token
+			continue
 		}
 		t.Label = strings.TrimRight(t.Label, "\x00 ") // padded with spaces; some pad with zeros
 		labels = append(labels, fmt.Sprintf("%q", t.Label))
@@ -142,10 +155,17 @@ func (p *Pool) findToken(label string) (pkcs11.TokenInfo, error) {
 		return found[0], nil
 	case len(found) > 1:
 		return pkcs11.TokenInfo{}, fmt.Errorf("%d tokens have this label (serials %s and %s): give one of them another", len(found), found[0].SerialNumber, found[1].SerialNumber)
-	case len(labels) == 0:
-		return pkcs11.TokenInfo{}, fmt.Errorf("the module shows no token at all: initialise one, or check the module's configuration (SoftHSM: SOFTHSM2_CONF=%q)", os.Getenv("SOFTHSM2_CONF"))
 	}
-	return pkcs11.TokenInfo{}, fmt.Errorf("no such token; the module has %s", strings.Join(labels, ", "))
+	why := softhsmTrouble(p.mod.path)
+	switch {
+	case why != "":
+		return pkcs11.TokenInfo{}, fmt.Errorf("no such token: %s", why)
+	case len(labels) > 0:
+		return pkcs11.TokenInfo{}, fmt.Errorf("no such token; the module has %s: correct token.label", strings.Join(labels, ", "))
+	case blank > 0:
+		return pkcs11.TokenInfo{}, fmt.Errorf("the module shows no initialised token, and %d that is not: initialise it, or check the module's configuration (SoftHSM: SOFTHSM2_CONF=%q)", blank, os.Getenv("SOFTHSM2_CONF"))
+	}
+	return pkcs11.TokenInfo{}, errors.New("the module shows no token at all: check the device, its connection, and the module's configuration")
 }
 
 // usable refuses before C_Login what C_Login would make worse.
@@ -171,7 +191,7 @@ func (p *Pool) describe(t pkcs11.TokenInfo) error {
 	p.info = Info{
 		Module: i.LibraryDescription, ModuleVersion: version(i.LibraryVersion), CryptokiVersion: version(i.CryptokiVersion),
 		Manufacturer: t.ManufacturerID, TokenLabel: t.Label, TokenModel: t.Model, TokenSerial: t.SerialNumber,
-		WrongPIN: t.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0, CountsPINs: strings.HasPrefix(t.ManufacturerID, "SoftHSM"),
+		WrongPIN: t.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0, CountsPINs: p.profile.CountsPINs, Profile: p.profile.Name,
 	}
 	for _, m := range mechanisms {
 		// An error is how a token says that it lacks the mechanism.

@@ -31,7 +31,7 @@ func TestOpenSaysWhatToDo(t *testing.T) {
 		want   []string
 	}{
 		{"missing module", func(c *hsm.Config) { c.Module = dir + "/gone.so" }, nil, []string{dir + "/gone.so", "softhsm2"}},
-		{"not a library", func(c *hsm.Config) { c.Module = text }, nil, []string{text, "not a PKCS#11 module"}},
+		{"not a library", func(c *hsm.Config) { c.Module = text }, nil, []string{text, "no shared library"}},
 		{"a library, but no module", func(c *hsm.Config) { c.Module = "/lib/x86_64-linux-gnu/libc.so.6" }, nil, []string{"not a PKCS#11 module"}},
 		{"wrong label", func(c *hsm.Config) { c.TokenLabel = "nothing" }, nil, []string{`"nothing"`, fmt.Sprintf("%q", c.TokenLabel)}},
 		{"no PIN", func(c *hsm.Config) { c.PIN = hsm.PIN{} }, nil, []string{"no PIN"}},
@@ -40,7 +40,7 @@ func TestOpenSaysWhatToDo(t *testing.T) {
 		{"final try", nil, func(i *pkcs11.TokenInfo) { i.Flags |= pkcs11.CKF_USER_PIN_FINAL_TRY }, []string{"locks the token", "pkcs11-tool --login"}},
 		{"no user PIN", nil, func(i *pkcs11.TokenInfo) { i.Flags &^= pkcs11.CKF_USER_PIN_INITIALIZED }, []string{"CKR_USER_PIN_NOT_INITIALIZED", "--init-pin"}},
 		{"twice", nil, func(i *pkcs11.TokenInfo) { i.Label, i.Flags = c.TokenLabel, i.Flags|pkcs11.CKF_TOKEN_INITIALIZED }, []string{"tokens have this label"}},
-		{"none", nil, func(i *pkcs11.TokenInfo) { i.Flags = 0 }, []string{"no token at all", env["SOFTHSM2_CONF"]}},
+		{"none", nil, func(i *pkcs11.TokenInfo) { i.Flags = 0 }, []string{"no initialised token", env["SOFTHSM2_CONF"]}},
 	} {
 		t.Run(k.name, func(t *testing.T) {
 			c := c

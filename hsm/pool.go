@@ -45,6 +45,8 @@ type Pool struct {
 	log  *slog.Logger
 	info Info
 
+	profile Profile
+
 	workers []*worker
 	running sync.WaitGroup // the workers' goroutines, and callers that run a worker
 
@@ -249,11 +251,15 @@ func (p *Pool) unpark() {
 
 // Ping asks the token whether a session of the pool is alive, and so whether
 // Sign would work; it recovers what Sign would. Cheap enough for every few
-// seconds.
+// seconds. Where the token drops what is idle, the device itself is asked.
 func (p *Pool) Ping(ctx context.Context) error {
 	return p.do(ctx, "ping", func(_ *job, w *worker) error {
 		_, err := p.api.GetSessionInfo(w.sh)
-		return fail("C_GetSessionInfo", err)
+		if err == nil && p.profile.KeepAlive > 0 {
+			_, err = p.api.GenerateRandom(w.sh, 8)
+			return p.profile.fail("C_GenerateRandom", err)
+		}
+		return p.profile.fail("C_GetSessionInfo", err)
 	})
 }
 

@@ -69,12 +69,12 @@ func (p *Pool) Sign(ctx context.Context, id, digest []byte, opts crypto.SignerOp
 			return err
 		}
 		if err := p.api.SignInit(w.sh, []*pkcs11.Mechanism{mech}, k.handle); err != nil {
-			return fail("C_SignInit", err)
+			return p.profile.fail("C_SignInit", err)
 		}
 		raw, err := p.api.Sign(w.sh, data)
 		if err != nil {
 			w.drop() // whatever the class: the operation may still be active in it
-			return fail("C_Sign", err)
+			return p.profile.fail("C_Sign", err)
 		}
 		sig, err = k.normalise(raw)
 		return err

@@ -101,12 +101,12 @@ func (w *worker) ready() error {
 	}
 	w.drop()
 	w.epoch = p.epoch.Load() // before the session is opened: a later loss voids it
-	sh, err := p.api.OpenSession(p.slot, pkcs11.CKF_SERIAL_SESSION)
+	sh, err := p.api.OpenSession(p.slot, p.sessionFlags())
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_SESSION_COUNT)) && p.live.Load() > 0 {
 		return errNoRoom
 	}
 	if err != nil {
-		return fail("C_OpenSession", err)
+		return p.profile.fail("C_OpenSession", err)
 	}
 	w.sh, w.open = sh, true
 	p.live.Add(1)
@@ -153,7 +153,7 @@ func (w *worker) writable(run func() error) error {
 	w.drop()
 	sh, err := w.p.api.OpenSession(w.p.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
-		return fail("C_OpenSession", err)
+		return w.p.profile.fail("C_OpenSession", err)
 	}
 	w.sh, w.open = sh, true
 	w.p.live.Add(1)
@@ -204,7 +204,7 @@ func (p *Pool) ensureLogin(sh pkcs11.SessionHandle) error {
 	}
 	err = p.api.Login(sh, pkcs11.CKU_USER, p.pin.Reveal())
 	if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)) {
-		err = fail("C_Login", err)
+		err = p.profile.fail("C_Login", err)
 		if e, ok := errors.AsType[*Error](err); ok && e.Class == ClassOperator {
 			p.operator.CompareAndSwap(nil, e)
 		}
@@ -227,17 +227,25 @@ func (p *Pool) hold() {
 		return
 	}
 	p.keeperEpoch = epoch
-	sh, err := p.api.OpenSession(p.slot, pkcs11.CKF_SERIAL_SESSION)
+	sh, err := p.api.OpenSession(p.slot, p.sessionFlags())
 	if p.keeping { // only now: the login goes with the last session
 		p.api.CloseSession(p.keeper)
 	}
 	p.keeper, p.keeping = sh, err == nil
 	if err != nil {
-		p.log.Warn("no session to hold the login", slog.Any("error", fail("C_OpenSession", err)))
+		p.log.Warn("no session to hold the login", slog.Any("error", p.profile.fail("C_OpenSession", err)))
 	}
+}
+
+// sessionFlags are those of the sessions that sign.
+func (p *Pool) sessionFlags() uint {
+	if p.profile.ReadWrite {
+		return pkcs11.CKF_SERIAL_SESSION | pkcs11.CKF_RW_SESSION
+	}
+	return pkcs11.CKF_SERIAL_SESSION
 }
 
 func (p *Pool) loggedIn(sh pkcs11.SessionHandle) (bool, error) {
 	i, err := p.api.GetSessionInfo(sh)
-	return i.State == cksROUser || i.State == cksRWUser, fail("C_GetSessionInfo", err)
+	return i.State == cksROUser || i.State == cksRWUser, p.profile.fail("C_GetSessionInfo", err)
 }

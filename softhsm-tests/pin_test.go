@@ -288,3 +288,28 @@ func TestNoSearchWhileSigning(t *testing.T) {
 		t.Errorf("%d searches for %d signatures", n, m.Calls("C_Sign")-signatures)
 	}
 }
+
+// check says how the token is taken, what is known of its module, and which keys a
+// lacking mechanism leaves without one.
+func TestCheckToken(t *testing.T) {
+	g := initGateway(t, shortDir(t)+"/gw")
+	m := g.counted(t)
+	g.serve(t)
+	g.key(t, "rel", "ed25519")
+	out := g.must(t, "signwardend", "check", "--dir", g.dir)
+	for _, want := range []string{"ok    profile        softhsm", "known fault", "#576", "ok    key rel"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("check does not say %q:\n%s", want, out)
+		}
+	}
+	m.Set(t, "hide 0x1057", "hide 0x000D") // CKM_EDDSA, CKM_RSA_PKCS_PSS
+	r := g.try(t, "signwardend", "check", "--dir", g.dir)
+	for _, want := range []string{"FAIL  mechanism", "CKM_EDDSA", `"rel"`, "note  mechanism", "CKM_RSA_PKCS_PSS: RSA keys cannot sign with PSS"} {
+		if !strings.Contains(r.stdout, want) {
+			t.Errorf("check does not say %q:\n%s", want, r.stdout)
+		}
+	}
+	if r.code == 0 || strings.Count(r.stdout, "FAIL") != 1 {
+		t.Errorf("exit code %d:\n%s", r.code, r.stdout)
+	}
+}

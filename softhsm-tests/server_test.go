@@ -37,6 +37,18 @@ func TestServeErrors(t *testing.T) {
 		{"missing CA", func(t *testing.T, dir string) { os.Remove(dir + "/tls/ca.crt") }, []string{"tls/ca.crt"}},
 		{"missing module", func(t *testing.T, dir string) { edit(t, dir, "libsofthsm2.so", "libnone.so") }, []string{"libnone.so", "install"}},
 		{"no module", func(t *testing.T, dir string) { edit(t, dir, "module: ", "module: /etc/hostname #") }, []string{"/etc/hostname"}},
+		{"another machine", func(t *testing.T, dir string) {
+			b := readFile(t, softhsmModule(t))
+			b[18], b[19] = 0xf3, 0 // e_machine: RISC-V
+			writeFile(t, dir+"/other.so", string(b))
+			edit(t, dir, "module: ", "module: "+dir+"/other.so #")
+		}, []string{"other.so", "another machine", "EM_RISCV"}},
+		{"not initialised", func(t *testing.T, dir string) {
+			mustEnv(t, os.Environ(), "sh", "-c", "rm -r "+dir+"/token/tokens/*")
+		}, []string{"signwarden-dev", "no initialised token"}},
+		{"token directory", func(t *testing.T, dir string) { os.RemoveAll(dir + "/token/tokens") }, []string{"directories.tokendir", "token/tokens"}},
+		{"SoftHSM's configuration", func(t *testing.T, dir string) { os.Remove(dir + "/token/softhsm2.conf") }, []string{"softhsm2.conf", "SOFTHSM2_CONF", "no such file"}},
+		{"profile", func(t *testing.T, dir string) { edit(t, dir, "token:\n", "token:\n  profile: nosuch\n") }, []string{"nosuch", "softhsm, cloudhsm"}},
 		{"token label", func(t *testing.T, dir string) { edit(t, dir, "signwarden-dev", "nothere") }, []string{"nothere", "signwarden-dev"}},
 		{"open PIN file", func(t *testing.T, dir string) { os.Chmod(dir+"/token/user.pin", 0o644) }, []string{"user.pin", "chmod"}},
 		{"no PIN file", func(t *testing.T, dir string) { os.Remove(dir + "/token/user.pin") }, []string{"user.pin"}},

@@ -69,7 +69,7 @@ func openToken(ctx context.Context, c config.Config, log *slog.Logger) (*hsm.Poo
 	record := pinrecord.New(pinRecord(c), c.Token.Module, c.Token.Label)
 	done := func(error) {}
 	pool, err := hsm.Open(ctx, hsm.Config{
-		Module: c.Token.Module, Env: c.Token.Environment, TokenLabel: c.Token.Label, Sessions: c.Token.Sessions, Logger: log,
+		Module: c.Token.Module, Env: c.Token.Environment, TokenLabel: c.Token.Label, Profile: c.Token.Profile, Sessions: c.Token.Sessions, Logger: log,
 		Ask: func(i hsm.Info) (hsm.PIN, error) {
 			ended, err := record.Try(i, pin)
 			if err == nil {
@@ -92,11 +92,11 @@ func startWorkers(ctx context.Context, conf config.Config, m *metrics.Metrics, l
 	}
 	workers, each := split(c.Workers, c.Sessions, runtime.NumCPU())
 	t, err := worker.Open(ctx, worker.Config{
-		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, PIN: pin, Logger: log,
+		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, Profile: c.Profile, PIN: pin, Logger: log,
 		ReadPIN: func() (hsm.PIN, error) { return readPIN(c) },
 		Tries:   pinrecord.New(pinRecord(conf), c.Module, c.Label),
 		Workers: workers, Sessions: each,
-		CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout), KeepAlive: time.Duration(c.KeepAlive),
+		KeepAlive: time.Duration(c.KeepAlive), CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
 		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
 		Observer: observeToken(m, c.Label),
 	})

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -160,13 +161,62 @@ func (r *report) token(ctx context.Context, conf config.Config, state store.Stat
 	info := pool.Info()
 	r.result("module", nil, "%s %s, Cryptoki %s, token %s %s, %d sessions",
 		info.Module, info.ModuleVersion, info.CryptokiVersion, info.TokenModel, info.TokenSerial, info.Sessions)
-	for _, m := range info.Mechanisms {
-		if !m.Offered {
-			fmt.Fprintf(r.out, "note  %-14s the token does not offer %s\n", "mechanism", m.Name)
-		}
-	}
+	r.profile(info)
+	r.mechanisms(info, state.Keys)
 	if stored {
 		r.keys(ctx, pool, state.Keys)
+	}
+}
+
+func (r *report) note(what, format string, args ...any) {
+	fmt.Fprintf(r.out, "note  %-14s %s\n", what, fmt.Sprintf(format, args...))
+}
+
+// profile says how the token is taken, why, and what is known of its module.
+func (r *report) profile(info hsm.Info) {
+	p, err := hsm.ProfileNamed(info.Profile)
+	if !r.result("profile", err, "%s, of the token %q by %s", info.Profile, info.TokenLabel, info.Manufacturer) {
+		return
+	}
+	for _, d := range p.Deviations {
+		r.note("profile", "%s is of class %v: %s [%s]", hsm.CodeName(d.Code), d.Class, d.Reason, d.Source)
+	}
+	for _, n := range append(p.Why, p.Hints...) {
+		r.note("profile", "%s [%s]", n.Text, n.Source)
+	}
+	for _, f := range p.FaultsOf(info.ModuleVersion) {
+		r.note("module", "this version %s has a known fault, mended in %s: %s [%s]", info.ModuleVersion, f.Fixed, f.Text, f.Source)
+	}
+}
+
+// needs are the key types that want a mechanism, to sign or to be made.
+var needs = map[string]struct {
+	what  string
+	signs []keys.Algorithm
+}{
+	"CKM_RSA_PKCS_KEY_PAIR_GEN":   {"RSA keys cannot be made", nil},
+	"CKM_RSA_PKCS":                {"RSA keys cannot sign", []keys.Algorithm{keys.RSA2048, keys.RSA3072, keys.RSA4096}},
+	"CKM_RSA_PKCS_PSS":            {"RSA keys cannot sign with PSS", nil},
+	"CKM_EC_KEY_PAIR_GEN":         {"P-256 and P-384 keys cannot be made", nil},
+	"CKM_ECDSA":                   {"P-256 and P-384 keys cannot sign", []keys.Algorithm{keys.P256, keys.P384}},
+	"CKM_EC_EDWARDS_KEY_PAIR_GEN": {"Ed25519 keys cannot be made", nil},
+	"CKM_EDDSA":                   {"Ed25519 keys cannot sign", []keys.Algorithm{keys.Ed25519}},
+}
+
+// mechanisms tells which the token lacks: where a registered key wants one it is
+// a failure.
+func (r *report) mechanisms(info hsm.Info, all []keys.Key) {
+	for _, m := range info.Mechanisms {
+		if m.Offered {
+			continue
+		}
+		n := needs[m.Name]
+		for _, k := range all {
+			if slices.Contains(n.signs, k.Algorithm) {
+				r.result("mechanism", fmt.Errorf("the token does not offer %s: %s, and the key %q is one; is this the right token, and the right version of its module?", m.Name, n.what, k.Name), "")
+			}
+		}
+		r.note("mechanism", "the token does not offer %s: %s", m.Name, n.what)
 	}
 }
 

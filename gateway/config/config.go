@@ -88,6 +88,12 @@ type Token struct {
 	// PINRecord is where it is noted that the token has refused the PIN; empty: a
 	// file beside the store. It is made if missing.
 	PINRecord string `yaml:"pin_record,omitempty"`
+	// Profile is how this vendor's tokens differ; empty: known by the module and the
+	// token. `signwardend check` says which one is in force.
+	Profile string `yaml:"profile,omitempty"`
+	// KeepAlive is how long a worker may be idle before it uses the token, so that
+	// the token does not drop its session; 0: as the profile has it.
+	KeepAlive Duration `yaml:"keep_alive,omitempty"`
 	// Environment is set before the module is loaded. A value that begins with
 	// "./" is a path relative to the configuration.
 	Environment map[string]string `yaml:"environment,omitempty"`
@@ -100,9 +106,6 @@ type Token struct {
 	// StartTimeout how long one has to log in.
 	CallTimeout  Duration `yaml:"call_timeout,omitempty"`
 	StartTimeout Duration `yaml:"start_timeout,omitempty"`
-	// KeepAlive is after how long a worker that has nothing to do asks the token
-	// whether its session is alive.
-	KeepAlive Duration `yaml:"keep_alive,omitempty"`
 	// RecycleAfter is the age at which a worker is replaced, and
 	// RecycleSignatures after how many signatures one is.
 	RecycleAfter      Duration `yaml:"recycle_after,omitempty"`

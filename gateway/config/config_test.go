@@ -19,6 +19,9 @@ token:
   module: /usr/lib/softhsm/libsofthsm2.so
   label: signwarden
   pin_file: pin
+  pin_record: state/pin.json
+  profile: softhsm
+  keep_alive: 20s
   environment: {SOFTHSM2_CONF: ./softhsm2.conf, OTHER: value}
   workers: 2
   sessions: 8
@@ -30,6 +33,7 @@ agents:
   - {gpg_socket: /run/s, principal: job, gids: [100], keys: ["nightly-*"], lifetime: 8h, signatures: 500, trusted_roots: [root.pem]}
   - {p11_socket: p11, principal: builder, uids: [0], p11_tokens: [{label: boot, keys: ["sb-*"]}]}
 limits: {sign_timeout: 10s, in_flight: 7}
+metrics: {listen: unix:run/metrics}
 `
 
 func TestLoad(t *testing.T) {
@@ -46,11 +50,13 @@ func TestLoad(t *testing.T) {
 		Listen: "127.0.0.1:7443",
 		TLS:    config.TLS{Certificate: at("tls/server.crt"), Key: at("tls/server.key"), ClientCA: "/etc/ca.crt"},
 		Token: config.Token{
-			Module: "/usr/lib/softhsm/libsofthsm2.so", Label: "signwarden", PINFile: at("pin"),
+			Module: "/usr/lib/softhsm/libsofthsm2.so", Label: "signwarden", PINFile: at("pin"), PINRecord: at("state/pin.json"),
+			Profile: "softhsm", KeepAlive: config.Duration(20 * time.Second),
 			Environment: map[string]string{"SOFTHSM2_CONF": at("softhsm2.conf"), "OTHER": "value"},
 			Workers:     2, Sessions: 8, CallTimeout: config.Duration(4 * time.Second), RecycleAfter: config.Duration(12 * time.Hour),
 		},
-		Store: config.Store{SQLite: at("db.sqlite")},
+		Store:   config.Store{SQLite: at("db.sqlite")},
+		Metrics: config.Metrics{Listen: "unix:" + at("run/metrics")},
 		Agents: []config.Agent{
 			{Socket: config.Socket{GPGSocket: at("S.gpg-agent")}, Principal: "builder", UIDs: []uint32{0, 1000}},
 			{Socket: config.Socket{
@@ -166,5 +172,30 @@ func TestLoadAgent(t *testing.T) {
 	}
 	if _, err := config.LoadAgent(filepath.Join(dir, "none")); !os.IsNotExist(errors.Unwrap(err)) {
 		t.Errorf("missing file: got %v", err)
+	}
+}
+
+// Nobody is asked who he is there, so it is for this host only, unless somebody says otherwise.
+func TestMetricsListen(t *testing.T) {
+	for _, tt := range []struct {
+		metrics string
+		network string // empty: refused
+	}{
+		{"{listen: 127.0.0.1:7444}", "tcp"}, {"{listen: 127.8.8.8:7444}", "tcp"}, {"{listen: '[::1]:7444'}", "tcp"}, {"{listen: localhost:7444}", "tcp"},
+		{"{listen: unix:/run/m}", "unix"},
+		{"{listen: 0.0.0.0:7444, remote: true}", "tcp"}, {"{listen: ':7444', remote: true}", "tcp"},
+		{"{listen: 0.0.0.0:7444}", ""}, {"{listen: ':7444'}", ""}, {"{listen: 10.0.0.5:7444}", ""}, {"{listen: localhost.example.org:7444}", ""},
+		{"{listen: '[::]:7444'}", ""}, {"{listen: 7444}", ""}, {"{listen: 'unix:'}", ""}, {"{listen: 'unix:', remote: true}", ""}, {"{listen: nonsense, remote: true}", ""},
+	} {
+		c, err := config.Parse([]byte(strings.Replace(good, "{listen: unix:run/metrics}", tt.metrics, 1)), "/d")
+		if tt.network == "" {
+			if err == nil || !strings.Contains(err.Error(), "metrics.listen") {
+				t.Errorf("%s: got %v, want an error about metrics.listen", tt.metrics, err)
+			}
+			continue
+		}
+		if network, _ := c.Metrics.Network(); err != nil || network != tt.network {
+			t.Errorf("%s: %s, %v", tt.metrics, network, err)
+		}
 	}
 }

@@ -77,7 +77,7 @@ var errNoPIN = errors.New("the parent gave no PIN")
 // open loads the module, asks for the PIN, and logs in.
 func (h hello) open(p *pipe) (*hsm.Pool, error) {
 	c := hsm.Config{
-		Module: h.module, Env: map[string]string{}, TokenLabel: h.label, Sessions: int(h.sessions),
+		Module: h.module, Env: map[string]string{}, TokenLabel: h.label, Profile: h.profile, Sessions: int(h.sessions),
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		Ask: func(i hsm.Info) (hsm.PIN, error) {
 			p.send(kindAsk, 0, appendInfo(nil, i), false)

@@ -16,7 +16,7 @@ import (
 func seeds() [][]byte {
 	refused := &hsm.Error{Op: "sign", Code: 0x70, Class: hsm.ClassRefused, Detail: "a detail"}
 	s := [][]byte{
-		worker.Hello(worker.Config{Module: "/m.so", TokenLabel: "l", Sessions: 3, Env: map[string]string{"A": "1", "B": ""}}),
+		worker.Hello(worker.Config{Module: "/m.so", TokenLabel: "l", Profile: "softhsm", Sessions: 3, Env: map[string]string{"A": "1", "B": ""}}),
 		worker.Ask(hsm.Info{TokenSerial: "s", WrongPIN: true}),
 		worker.Ready(hsm.Info{Module: "m", TokenLabel: "l", Sessions: 2, Mechanisms: []hsm.Mechanism{{Name: "CKM_ECDSA", Offered: true, MinBits: 112, MaxBits: 521}}}),
 		worker.Generate("label", []byte("id"), "p256"),

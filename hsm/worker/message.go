@@ -27,13 +27,14 @@ type hello struct {
 	sessions uint16
 	module   string
 	label    string
+	profile  string
 	env      []variable // sorted by name
 }
 
 type variable struct{ name, value string }
 
 func newHello(mode byte, c Config) hello {
-	h := hello{mode: mode, sessions: uint16(min(c.Sessions, maxString)), module: c.Module, label: c.TokenLabel}
+	h := hello{mode: mode, sessions: uint16(min(c.Sessions, maxString)), module: c.Module, label: c.TokenLabel, profile: c.Profile}
 	for _, name := range slices.Sorted(maps.Keys(c.Env)) {
 		h.env = append(h.env, variable{name, c.Env[name]})
 	}
@@ -43,7 +44,7 @@ func newHello(mode byte, c Config) hello {
 func (h hello) append(dst []byte) []byte {
 	dst = append(dst, h.mode)
 	dst = binary.BigEndian.AppendUint16(dst, h.sessions)
-	for _, s := range []string{h.module, h.label} {
+	for _, s := range []string{h.module, h.label, h.profile} {
 		dst = appendString(dst, s)
 	}
 	for _, v := range h.env {
@@ -54,7 +55,7 @@ func (h hello) append(dst []byte) []byte {
 
 func parseHello(b []byte) (hello, error) {
 	d := decoder{b: b}
-	h := hello{mode: d.byte(), sessions: d.uint16(), module: d.string(), label: d.string()}
+	h := hello{mode: d.byte(), sessions: d.uint16(), module: d.string(), label: d.string(), profile: d.string()}
 	for !d.bad && len(d.b) > 0 {
 		v := variable{d.string(), d.string()}
 		if n := len(h.env); n > 0 && cmp.Compare(h.env[n-1].name, v.name) >= 0 {
@@ -72,7 +73,7 @@ func parseHello(b []byte) (hello, error) {
 }
 
 func appendInfo(dst []byte, i hsm.Info) []byte {
-	for _, s := range []string{i.Module, i.ModuleVersion, i.CryptokiVersion, i.Manufacturer, i.TokenLabel, i.TokenModel, i.TokenSerial} {
+	for _, s := range []string{i.Module, i.ModuleVersion, i.CryptokiVersion, i.Manufacturer, i.Profile, i.TokenLabel, i.TokenModel, i.TokenSerial} {
 		dst = appendString(dst, s)
 	}
 	dst = appendBool(appendBool(dst, i.WrongPIN), i.CountsPINs)
@@ -88,7 +89,7 @@ func appendInfo(dst []byte, i hsm.Info) []byte {
 func parseInfo(b []byte) (hsm.Info, error) {
 	d := decoder{b: b}
 	var i hsm.Info
-	for _, s := range []*string{&i.Module, &i.ModuleVersion, &i.CryptokiVersion, &i.Manufacturer, &i.TokenLabel, &i.TokenModel, &i.TokenSerial} {
+	for _, s := range []*string{&i.Module, &i.ModuleVersion, &i.CryptokiVersion, &i.Manufacturer, &i.Profile, &i.TokenLabel, &i.TokenModel, &i.TokenSerial} {
 		*s = d.string()
 	}
 	i.WrongPIN, i.CountsPINs = d.bool(), d.bool()

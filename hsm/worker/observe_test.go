@@ -93,3 +93,27 @@ func TestObserved(t *testing.T) {
 		})
 	}
 }
+
+// Workers that nobody uses use their token in time.
+func TestKeepAlive(t *testing.T) {
+	c := countingToken(t)
+	c.Profile, c.KeepAlive = "yubihsm", 20*time.Millisecond
+	worker.SetReplacePause(t, time.Millisecond)
+	tok := open(t, c)
+	until(t, "the device is asked by itself", func() bool { return counted(t, c, "C_GenerateRandom") >= 3*c.Workers })
+	// What it answers has its consequences, before a request meets them.
+	was := map[int]bool{}
+	for _, w := range tok.Workers() {
+		was[w.PID] = true
+	}
+	order(t, c, "GenerateRandom", "0x30") // CKR_DEVICE_ERROR
+	until(t, "a worker is replaced", func() bool {
+		ws := tok.Workers()
+		for _, w := range ws {
+			if !was[w.PID] {
+				return len(ws) == c.Workers
+			}
+		}
+		return false
+	})
+}

@@ -126,6 +126,7 @@ func welcome(f frame) (hsm.Info, error) {
 // admit has a child that is ready take requests.
 func (t *Token) admit(p *process) {
 	t.mu.Lock()
+	p.progress = time.Now()
 	t.live = append(t.live, p)
 	t.down = nil
 	fed := t.feed(nil)

@@ -50,6 +50,7 @@ type Config struct {
 	Module     string            // path of the PKCS#11 module; required
 	Env        map[string]string // environment of the module, e.g. SOFTHSM2_CONF
 	TokenLabel string            // label of the token; required
+	Profile    string            // as in hsm.Config
 	PIN        hsm.PIN           // the user PIN; required
 
 	// ReadPIN, where it is set, reads the PIN anew: at [Token.ReadPIN], and while
@@ -65,13 +66,13 @@ type Config struct {
 	// one, before it is taken for hung and killed. What it has is asked of others
 	// earlier, when it is much later than the slowest answer of the last seconds.
 	CallTimeout time.Duration
-	// KeepAlive is after how long a child that has nothing to do asks the token
-	// whether its session is alive: some end those that are idle. Negative: never.
-	KeepAlive time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
 	// One that takes much longer than those before is ended earlier, and the next
 	// has twice its time.
 	StartTimeout time.Duration
+	// KeepAlive is how long a child may be idle before it is made to use its token;
+	// 0: as the token's profile has it. Negative: for ever.
+	KeepAlive time.Duration
 	// RecycleAge and RecycleOps end a child that is as old, or has answered as
 	// much: modules leak. Its successor starts first. Negative: never.
 	RecycleAge time.Duration
@@ -88,7 +89,6 @@ const (
 	// waits for its watchdog (docs/PERFORMANCE.md has figures).
 	DefaultDepth        = 8
 	DefaultCallTimeout  = 2 * time.Second
-	DefaultKeepAlive    = 10 * time.Second
 	DefaultStartTimeout = 30 * time.Second
 	DefaultRecycleAge   = 24 * time.Hour
 	DefaultRecycleOps   = 10_000_000
@@ -104,9 +104,6 @@ func (c *Config) defaults() {
 	}
 	if c.CallTimeout <= 0 {
 		c.CallTimeout = DefaultCallTimeout
-	}
-	if c.KeepAlive == 0 {
-		c.KeepAlive = DefaultKeepAlive
 	}
 	if c.StartTimeout <= 0 {
 		c.StartTimeout = DefaultStartTimeout
@@ -174,6 +171,9 @@ func Open(ctx context.Context, c Config) (*Token, error) {
 	}
 	t.info = first.info
 	t.info.Sessions *= c.Workers
+	if profile, err := hsm.ProfileNamed(t.info.Profile); err == nil && c.KeepAlive == 0 {
+		t.c.KeepAlive = profile.KeepAlive
+	}
 	t.admit(first)
 	unwatch := make(chan struct{})
 	t.unwatch = func() { close(unwatch) }

@@ -565,3 +565,40 @@ func TestTokenGone(t *testing.T) {
 		until(t, "there are two workers", func() bool { return len(tok.Workers()) == 2 })
 	}
 }
+
+// What is wrong with SoftHSM's configuration, which it does not say itself.
+func TestSoftHSMTrouble(t *testing.T) {
+	c := newToken(t)
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	for _, tt := range []struct {
+		name, conf string
+		want       []string
+	}{
+		{"no configuration", filepath.Join(dir, "none.conf"), []string{"none.conf", "SOFTHSM2_CONF", "no such file"}},
+		{"no directory named", write("empty.conf", "log.level = ERROR\n"), []string{"empty.conf", "directories.tokendir"}},
+		{"no directory", write("gone.conf", "directories.tokendir = "+dir+"/gone\n"), []string{dir + "/gone", "directories.tokendir"}},
+		{"no tokens", write("blank.conf", "directories.tokendir = "+t.TempDir()+"\n"), []string{"no initialised token"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := c
+			c.Env = map[string]string{"SOFTHSM2_CONF": tt.conf}
+			tok, err := worker.Open(t.Context(), c)
+			if err == nil {
+				tok.Close()
+				t.Fatal("opened")
+			}
+			for _, w := range tt.want {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("got %q, want it to tell %q", err, w)
+				}
+			}
+		})
+	}
+}

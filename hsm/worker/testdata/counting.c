@@ -84,6 +84,12 @@ alive:;
 	return rv ? rv : real->C_Sign(sh, data, n, sig, m);
 }
 
+static CK_RV generateRandom(CK_SESSION_HANDLE sh, CK_BYTE_PTR data, CK_ULONG n) {
+	count("C_GenerateRandom");
+	CK_RV rv = ordered("GenerateRandom");
+	return rv ? rv : real->C_GenerateRandom(sh, data, n);
+}
+
 static CK_RV generate(CK_SESSION_HANDLE sh, CK_MECHANISM_PTR mech, CK_ATTRIBUTE_PTR pub, CK_ULONG npub,
 	CK_ATTRIBUTE_PTR priv, CK_ULONG npriv, CK_OBJECT_HANDLE_PTR a, CK_OBJECT_HANDLE_PTR b) {
 	CK_RV rv = real->C_GenerateKeyPair(sh, mech, pub, npub, priv, npriv, a, b);
@@ -101,6 +107,7 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR list) {
 		ours.C_OpenSession = openSession;
 		ours.C_Login = login;
 		ours.C_Sign = sign;
+		ours.C_GenerateRandom = generateRandom;
 		ours.C_GenerateKeyPair = generate;
 	}
 	*list = &ours;
