@@ -389,11 +389,16 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, conten
 	defer expected.Cancel()
 	began := g.clock()
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
-	sig, err := g.c.Token.Sign(tctx, k.ID, signed, scheme.SaltedOptions(r.Hash, r.SaltLength))
+	sig, err := g.c.Token.Sign(tctx, p.Name(), rule.Weight, k.ID, signed, scheme.SaltedOptions(r.Hash, r.SaltLength))
 	cancel()
 	began = g.stage(StageToken, began)
 	if err != nil {
-		return g.refuse(e, audit.Failed, tokenError(err), err.Error())
+		told := tokenError(err)
+		if _, ok := errors.AsType[*overQueue](told); ok {
+			// Not recorded, as where the gate refuses.
+			return Signature{}, told
+		}
+		return g.refuse(e, audit.Failed, told, err.Error())
 	}
 	err = keys.VerifySalted(k.PublicKey, scheme, r.Hash, r.SaltLength, signed, sig)
 	began = g.stage(StageVerify, began)

@@ -95,7 +95,7 @@ func startWorkers(ctx context.Context, conf config.Config, m *metrics.Metrics, l
 		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, PIN: pin, Logger: log,
 		ReadPIN: func() (hsm.PIN, error) { return readPIN(c) },
 		Tries:   pinrecord.New(pinRecord(conf), c.Module, c.Label),
-		Workers: workers, Sessions: each,
+		Workers: workers, Sessions: each, Queue: c.Queue,
 		CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
 		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
 		Observer: observeToken(m, c.Label),

@@ -96,6 +96,8 @@ type Token struct {
 	// Sessions bounds concurrent signatures, of all workers; 0: one for each. No
 	// less than Workers, among whom they are divided evenly.
 	Sessions int `yaml:"sessions,omitempty"`
+	// Queue bounds the requests that wait for a worker; 0: the default.
+	Queue int `yaml:"queue,omitempty"`
 	// CallTimeout is after how long without an answer a worker is taken for hung,
 	// StartTimeout how long one has to log in.
 	CallTimeout  Duration `yaml:"call_timeout,omitempty"`
@@ -231,7 +233,7 @@ func (c *Config) check() error {
 		value int
 	}{
 		{"token.workers", c.Token.Workers}, {"token.sessions", c.Token.Sessions},
-		{"token.recycle_signatures", c.Token.RecycleSignatures}, {"limits.in_flight", c.Limits.InFlight},
+		{"token.queue", c.Token.Queue}, {"token.recycle_signatures", c.Token.RecycleSignatures}, {"limits.in_flight", c.Limits.InFlight},
 		{"limits.in_flight_per_principal", c.Limits.InFlightPerPrincipal},
 		{"limits.in_flight_per_stream", c.Limits.InFlightPerStream},
 	} {

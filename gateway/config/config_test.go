@@ -80,6 +80,7 @@ func TestParseErrors(t *testing.T) {
 		{"duration", "10s", "10", "no duration"},
 		{"negative", "in_flight: 7", "in_flight: -7", "limits.in_flight"},
 		{"negative workers", "workers: 2", "workers: -2", "token.workers"},
+		{"negative queue", "workers: 2", "workers: 2\n  queue: -1", "token.queue: -1 is negative"},
 		{"workers without a session", "workers: 2", "workers: 9", "token.workers: 9 are more than the 8 token.sessions"},
 		{"too many sessions", "sessions: 8", "sessions: 80000", "more than 1024"},
 		{"no uids", "uids: [0, 1000]", "uids: []", "agents[0].uids is missing"},

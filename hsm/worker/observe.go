@@ -48,15 +48,12 @@ type Stats struct {
 func (t *Token) Stats() Stats {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := Stats{Sessions: t.info.Sessions, Err: t.unable()}
+	s := Stats{Sessions: t.info.Sessions, Waiting: t.waiting.waiting, Err: t.unable()}
 	for _, p := range t.live {
 		s.InFlight += len(p.inFlight)
 		if !p.draining {
 			s.Workers++
 		}
-	}
-	for c := t.waiting.first; c != nil; c = c.next {
-		s.Waiting++
 	}
 	return s
 }

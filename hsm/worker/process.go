@@ -28,13 +28,13 @@ type process struct {
 	said   sync.WaitGroup // the goroutine that logs stderr
 	info   hsm.Info
 	born   time.Time
-	room   int           // requests that it takes at a time
 	retire chan struct{} // capacity 1: it is to be replaced
 	dead   chan struct{} // closed when it is gone and reaped
 
 	// Token.mu guards these.
-	inFlight []*call // in the order in which they were given
-	number   uint32  // of the last one
+	inFlight []*call       // in the order in which they were given
+	load     time.Duration // what those will take, by estimate
+	number   uint32        // of the last one
 	progress time.Time
 	answered int64
 	hung     bool          // killed for it
@@ -88,7 +88,6 @@ func (t *Token) spawn() (*process, error) {
 	}
 	p := &process{
 		t: t, conn: os.NewFile(uintptr(fds[0]), "pipe to worker"),
-		room:   t.c.Sessions * t.c.Depth,
 		retire: make(chan struct{}, 1), dead: make(chan struct{}), drained: make(chan struct{}),
 	}
 	p.write = p.writeOnce
@@ -156,6 +155,7 @@ func (p *process) give(c *call) {
 		c.given = time.Now()
 	}
 	p.inFlight = append(p.inFlight, c)
+	p.load += c.cost
 	kind := c.kind
 	if kind == kindSign && c.suspect {
 		kind = kindSuspect
@@ -170,7 +170,7 @@ func (p *process) disown(c *call) bool {
 	if i < 0 {
 		return false
 	}
-	p.inFlight[i] = &call{kind: c.kind, number: c.number} // done is nil
+	p.inFlight[i] = &call{kind: c.kind, number: c.number, flow: c.flow, cost: c.cost} // done is nil
 	return true
 }
 
@@ -261,7 +261,10 @@ func (p *process) serve() {
 func (t *Token) take(p *process, b []byte) (used int, err error) {
 	var last *call // of a list of those to tell, by prev
 	now := time.Now()
+	var worth time.Duration // of what is answered, by its prices
 	t.mu.Lock()
+	t.clock = now
+	busy := len(p.inFlight)
 	for {
 		f, n, ferr := parseFrame(b[used:])
 		if n == 0 || ferr != nil {
@@ -276,8 +279,13 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 		}
 		c := p.inFlight[i]
 		p.inFlight = slices.Delete(p.inFlight, i, i+1)
+		p.load -= c.cost
 		p.answered++
 		told, serr := t.settle(p, c, f)
+		if !c.queued {
+			worth += c.cost
+			t.waiting.leave(c)
+		}
 		if serr != nil {
 			err = serr
 			break
@@ -289,6 +297,7 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 			c.prev, last = last, c
 		}
 	}
+	t.learned(p, last, worth, now, busy)
 	p.progress = now
 	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
 		p.replace(CauseRecycled)
@@ -303,7 +312,7 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 	}
 	for c := last; c != nil; {
 		before := c.prev
-		c.prev = nil
+		c.prev, c.flow, c.price = nil, nil, nil
 		c.done <- struct{}{} // whose caller may use c for something else then
 		c = before
 	}
@@ -387,6 +396,7 @@ func (t *Token) lose(p *process, cause error) {
 	var failed []*call
 	for i, c := range slices.Backward(lost) { // so that the first is in front in the end
 		if c.done == nil {
+			t.waiting.leave(c)
 			continue
 		}
 		// The first was being worked on, and the others had only been sent; unless it was
@@ -397,6 +407,7 @@ func (t *Token) lose(p *process, cause error) {
 		}
 		c.suspect = true
 		if c.tries > 1 || t.closed {
+			t.waiting.leave(c)
 			failed = append(failed, c)
 		} else {
 			t.waiting.pushFront(c)
