@@ -178,6 +178,22 @@ func (t *Token) feed(fed []*process) []*process {
 	return fed
 }
 
+// Evict ends what waits and what workers have with err: it is asked elsewhere.
+// Workers go on with what they have, and its answers are thrown away.
+func (t *Token) Evict(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.failWaiting(err)
+	for _, p := range t.live {
+		for _, c := range p.inFlight {
+			if c.done != nil {
+				p.disown(c)
+				c.finish(nil, err)
+			}
+		}
+	}
+}
+
 // failWaiting ends everything that waits; mu is held.
 func (t *Token) failWaiting(err error) {
 	for c := t.waiting.peek(); c != nil; c = t.waiting.peek() {
