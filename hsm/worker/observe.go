@@ -8,6 +8,8 @@ type Cause string
 const (
 	CauseCrashed  Cause = "crash"   // it died, or talked nonsense
 	CauseHung     Cause = "hang"    // the watchdog killed it
+	CauseStalled  Cause = "stall"   // it was late, and others were not
+	CauseLent     Cause = "lend"    // an act that writes needed its sessions
 	CauseRecycled Cause = "recycle" // it was old, or had answered enough
 	CauseToken    Cause = "token"   // its token did not work
 	CauseLogin    Cause = "login"   // its login was lost
@@ -16,7 +18,7 @@ const (
 )
 
 // Causes is every Cause.
-var Causes = []Cause{CauseCrashed, CauseHung, CauseRecycled, CauseToken, CauseLogin, CauseStart, CauseClosed}
+var Causes = []Cause{CauseCrashed, CauseHung, CauseStalled, CauseLent, CauseRecycled, CauseToken, CauseLogin, CauseStart, CauseClosed}
 
 // Observer is told how long requests to sign take, and of the end of workers.
 // Its methods return at once: the first is called with a lock held.

@@ -25,6 +25,7 @@ type call struct {
 	suspect bool // it was with a worker that died
 
 	tries int      // workers that failed while they worked on it
+	gone  int      // workers that said that the token does not work
 	outs  int      // workers whose login was lost when they worked on it
 	shun  *process // the one that failed last
 
@@ -36,13 +37,18 @@ type call struct {
 	queued     bool
 	again      bool  // it waits to be done again
 	prev, next *call // in the queue
+
+	// A call that was moved from a worker that stalls left a ghost there, of which
+	// it is the twin: what the ghost is answered is the call's answer (stall.go).
+	ghosts []*call
+	twin   *call
 }
 
 var calls = sync.Pool{New: func() any { return &call{done: make(chan struct{}, 1)} }}
 
 func newCall(kind byte) *call {
 	c := calls.Get().(*call)
-	*c = call{kind: kind, body: c.body[:0], done: c.done}
+	*c = call{kind: kind, body: c.body[:0], done: c.done, ghosts: c.ghosts[:0]}
 	return c
 }
 
@@ -127,24 +133,35 @@ func (t *Token) serving() bool {
 func (t *Token) abandon(c *call) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if !t.takeBack(c) {
+		return false
+	}
+	t.waiting.leave(c)
+	return true
+}
+
+// takeBack has nobody answer c any more; false where it is answered. mu is held.
+func (t *Token) takeBack(c *call) bool {
 	if c.queued {
 		t.waiting.remove(c)
-		t.waiting.leave(c)
+		c.layGhosts()
 		return true
 	}
 	for _, p := range t.live {
 		if p.disown(c) {
+			c.layGhosts()
 			return true
 		}
 	}
 	return false
 }
 
-// pick returns the worker with the least to do that has room, or nil. It prefers one that answers, and is not shunned; mu is held.
+// pick returns the worker with the least to do that has room, or nil. It prefers one
+// that answers, and is not shunned; one that stalls gets nothing. mu is held.
 func (t *Token) pick(shun *process) *process {
 	var best, worse *process
 	for _, p := range t.live {
-		if p.draining || !t.roomy(p) {
+		if p.draining || p.stalled || !t.roomy(p) {
 			continue
 		}
 		to := &best
@@ -188,6 +205,8 @@ func (t *Token) Evict(err error) {
 		for _, c := range p.inFlight {
 			if c.done != nil {
 				p.disown(c)
+				t.waiting.leave(c)
+				c.layGhosts()
 				c.finish(nil, err)
 			}
 		}
@@ -199,6 +218,7 @@ func (t *Token) failWaiting(err error) {
 	for c := t.waiting.peek(); c != nil; c = t.waiting.peek() {
 		t.waiting.remove(c)
 		t.waiting.leave(c)
+		c.layGhosts()
 		c.finish(nil, err)
 	}
 }

@@ -66,9 +66,15 @@ type Config struct {
 	Queue int
 
 	// CallTimeout is how long a child may work on requests without answering
-	// one, before it is taken for hung and killed.
+	// one, before it is taken for hung and killed. What it has is asked of others
+	// earlier, when it is much later than the slowest answer of the last seconds.
 	CallTimeout time.Duration
+	// KeepAlive is after how long a child that has nothing to do asks the token
+	// whether its session is alive: some end those that are idle. Negative: never.
+	KeepAlive time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
+	// One that takes much longer than those before is ended earlier, and the next
+	// has twice its time.
 	StartTimeout time.Duration
 	// RecycleAge and RecycleOps end a child that is as old, or has answered as
 	// much: modules leak. Its successor starts first. Negative: never.
@@ -86,6 +92,7 @@ const (
 	// waits for its watchdog (docs/PERFORMANCE.md has figures).
 	DefaultDepth        = 8
 	DefaultCallTimeout  = 2 * time.Second
+	DefaultKeepAlive    = 10 * time.Second
 	DefaultStartTimeout = 30 * time.Second
 	DefaultRecycleAge   = 24 * time.Hour
 	DefaultRecycleOps   = 10_000_000
@@ -104,6 +111,9 @@ func (c *Config) defaults() {
 	}
 	if c.CallTimeout <= 0 {
 		c.CallTimeout = DefaultCallTimeout
+	}
+	if c.KeepAlive == 0 {
+		c.KeepAlive = DefaultKeepAlive
 	}
 	if c.StartTimeout <= 0 {
 		c.StartTimeout = DefaultStartTimeout
@@ -150,6 +160,9 @@ type Token struct {
 	mended  chan struct{} // closed when refused is no more
 	down    error         // why the last start failed; nil where one has succeeded since
 	closed  bool
+	slowest time.Duration // time between two answers, of the last while
+	lastly  time.Time     // when there was an answer
+	begins  startTimes
 }
 
 // Open starts a first worker and returns when it is logged in; the others
@@ -223,6 +236,7 @@ type Worker struct {
 	PID      int
 	Answered int64 // requests
 	InFlight int
+	Ending   bool // it gets no more
 }
 
 // Workers are the children that sign, at this moment.
@@ -231,7 +245,7 @@ func (t *Token) Workers() []Worker {
 	defer t.mu.Unlock()
 	ws := make([]Worker, len(t.live))
 	for i, p := range t.live {
-		ws[i] = Worker{p.pid(), p.answered, len(p.inFlight)}
+		ws[i] = Worker{p.pid(), p.answered, len(p.inFlight), p.draining}
 	}
 	return ws
 }
