@@ -125,7 +125,7 @@ func (f *faultToken) sign(t testing.TB, within time.Duration) error {
 	ctx, cancel := context.WithTimeout(t.Context(), within)
 	defer cancel()
 	d := sha256.Sum256([]byte(rand.Text()))
-	sig, err := f.tok.Sign(ctx, faultKey, d[:], crypto.SHA256)
+	sig, err := f.tok.Sign(ctx, "", 1, faultKey, d[:], crypto.SHA256)
 	if err != nil {
 		return err
 	}

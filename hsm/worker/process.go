@@ -28,13 +28,13 @@ type process struct {
 	said   sync.WaitGroup // the goroutine that logs stderr
 	info   hsm.Info
 	born   time.Time
-	room   int           // requests that it takes at a time
 	retire chan struct{} // capacity 1: it is to be replaced
 	dead   chan struct{} // closed when it is gone and reaped
 
 	// Token.mu guards these.
-	inFlight []*call // in the order in which they were given
-	number   uint32  // of the last one
+	inFlight []*call       // in the order in which they were given
+	load     time.Duration // what those will take, by estimate
+	number   uint32        // of the last one
 	progress time.Time
 	answered int64
 	hung     bool          // killed for it
@@ -90,7 +90,6 @@ func (t *Token) spawn() (*process, error) {
 	}
 	p := &process{
 		t: t, conn: os.NewFile(uintptr(fds[0]), "pipe to worker"),
-		room:   t.c.Sessions * t.c.Depth,
 		retire: make(chan struct{}, 1), dead: make(chan struct{}), drained: make(chan struct{}),
 	}
 	p.write = p.writeOnce
@@ -158,6 +157,7 @@ func (p *process) give(c *call) {
 		c.given = time.Now()
 	}
 	p.inFlight = append(p.inFlight, c)
+	p.load += c.cost
 	kind := c.kind
 	if kind == kindSign && c.suspect {
 		kind = kindSuspect
@@ -172,7 +172,7 @@ func (p *process) disown(c *call) bool {
 	if i < 0 {
 		return false
 	}
-	p.inFlight[i] = &call{kind: c.kind, number: c.number} // done is nil
+	p.inFlight[i] = &call{kind: c.kind, number: c.number, cost: c.cost} // done is nil
 	return true
 }
 
@@ -263,7 +263,10 @@ func (p *process) serve() {
 func (t *Token) take(p *process, b []byte) (used int, err error) {
 	var last *call // of a list of those to tell, by prev
 	now := time.Now()
+	var worth time.Duration // of what is answered, by its prices
 	t.mu.Lock()
+	t.clock = now
+	busy := len(p.inFlight)
 	for {
 		f, n, ferr := parseFrame(b[used:])
 		if n == 0 || ferr != nil {
@@ -278,7 +281,9 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 		}
 		c := p.inFlight[i]
 		p.inFlight = slices.Delete(p.inFlight, i, i+1)
+		p.load -= c.cost
 		p.answered++
+		worth += c.cost
 		c, err = t.settle(p, c, f)
 		if err != nil {
 			break
@@ -287,9 +292,11 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 			t.c.Observer.Answered(c.given.Sub(c.at), now.Sub(c.given))
 		}
 		if c != nil {
+			t.waiting.leave(c)
 			c.prev, last = last, c
 		}
 	}
+	t.learned(p, last, worth, now, busy)
 	t.advance(p, now, used > 0)
 	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
 		p.replace(CauseRecycled)
@@ -304,7 +311,7 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 	}
 	for c := last; c != nil; {
 		before := c.prev
-		c.prev = nil
+		c.prev, c.flow, c.price = nil, nil, nil
 		c.done <- struct{}{} // whose caller may use c for something else then
 		c = before
 	}
@@ -428,6 +435,7 @@ func (t *Token) lose(p *process, cause error) {
 				t.takeBack(c)
 			}
 			c.layGhosts()
+			t.waiting.leave(c)
 			failed = append(failed, c)
 		case !ghost:
 			t.waiting.pushFront(c)

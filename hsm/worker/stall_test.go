@@ -34,7 +34,7 @@ func faultyToken(t *testing.T, change func(*worker.Config)) (*worker.Token, *fau
 func signNow(t *testing.T, tok *worker.Token, pub crypto.PublicKey, n int64) error {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	sig, err := tok.Sign(ctx, []byte("k"), digest(n), crypto.SHA256)
+	sig, err := tok.Sign(ctx, "", 1, []byte("k"), digest(n), crypto.SHA256)
 	if err != nil {
 		return err
 	}
@@ -107,7 +107,7 @@ func TestSlow(t *testing.T) {
 	m.Set(t, "C_SignInit delay=1000")
 	ctx, cancel := context.WithTimeout(t.Context(), 700*time.Millisecond)
 	defer cancel()
-	if _, err := tok.Sign(ctx, []byte("k"), digest(1), crypto.SHA256); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := tok.Sign(ctx, "", 1, []byte("k"), digest(1), crypto.SHA256); err != nil && !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a caller who left: %v", err)
 	}
 	m.Set(t)
