@@ -112,7 +112,7 @@ func tokenRows() []faultRow {
 					t.Fatal(err)
 				}
 			}},
-		{fault: "the token's configuration is gone, and workers start", change: own, outcome: "refused, class F", text: "is SOFTHSM2_CONF readable", tries: 0,
+		{fault: "the token's configuration is gone, and workers start", change: own, outcome: "refused, class F", text: "SoftHSM's configuration cannot be read", tries: 0,
 			before: func(t testing.TB, f *faultToken) {
 				conf := f.Env["SOFTHSM2_CONF"]
 				if err := os.Rename(conf, conf+".gone"); err != nil {
@@ -120,7 +120,7 @@ func tokenRows() []faultRow {
 				}
 				f.killAll(t)
 			},
-			sign: func(t testing.TB, f *faultToken) error { return f.refused(t, "is SOFTHSM2_CONF readable") },
+			sign: func(t testing.TB, f *faultToken) error { return f.refused(t, "SoftHSM's configuration cannot be read") },
 			mend: func(t testing.TB, f *faultToken) {
 				conf := f.Env["SOFTHSM2_CONF"]
 				if err := os.Rename(conf+".gone", conf); err != nil {
