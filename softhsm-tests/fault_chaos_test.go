@@ -5,6 +5,7 @@ package softhsm_test
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -82,3 +83,18 @@ func TestChaosWorkers(t *testing.T) {
 
 // chaosFor is how long workers are killed.
 const chaosFor = time.Minute
+
+// recoveries are, for each blow, the longest that a request took which was under way
+// then or asked within a moment after it; sorted.
+func (l *tally) recoveries(blows []time.Time, moment time.Duration) []time.Duration {
+	worst := make([]time.Duration, len(blows))
+	for i, b := range blows {
+		for k, began := range l.began {
+			if began.Before(b.Add(moment)) && began.Add(l.took[k]).After(b) {
+				worst[i] = max(worst[i], l.took[k])
+			}
+		}
+	}
+	slices.Sort(worst)
+	return worst
+}

@@ -36,7 +36,6 @@ type faultToken struct {
 	c   worker.Config
 	tok *worker.Token
 	pub crypto.PublicKey
-	n   int // of the last digest
 }
 
 var faultKey = []byte("fault")
@@ -235,17 +234,4 @@ func (f *faultGateway) recorded(t testing.TB) (signed map[string]int, failed map
 		}
 		from += int64(len(entries))
 	}
-}
-
-// workers are the processes of the gateway that sign.
-func (f *faultGateway) workers(t testing.TB) []int {
-	t.Helper()
-	var pids []int
-	for _, line := range strings.Fields(runEnv(t, os.Environ(), "pgrep", "-P", fmt.Sprint(f.cmd.Process.Pid), "-f", worker.Command).stdout) {
-		var pid int
-		if _, err := fmt.Sscan(line, &pid); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
 }

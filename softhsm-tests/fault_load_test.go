@@ -46,21 +46,6 @@ func (l *tally) put(began time.Time, err error) {
 	}
 }
 
-// recoveries are, for each blow, the longest that a request took which was under way
-// then or asked within a moment after it; sorted.
-func (l *tally) recoveries(blows []time.Time, moment time.Duration) []time.Duration {
-	worst := make([]time.Duration, len(blows))
-	for i, b := range blows {
-		for k, began := range l.began {
-			if began.Before(b.Add(moment)) && began.Add(l.took[k]).After(b) {
-				worst[i] = max(worst[i], l.took[k])
-			}
-		}
-	}
-	slices.Sort(worst)
-	return worst
-}
-
 func (l *tally) failed() (n int) {
 	for _, k := range l.kinds {
 		n += k
