@@ -80,6 +80,12 @@ var rules = []rule{
 		past:  []string{"./hsm"},
 	},
 	{
+		name:  "what chooses between tokens knows them, and the standard library",
+		who:   []string{"./hsm/fleet"},
+		never: []string{thirdParty},
+		past:  []string{"./hsm/worker", "./hsm"},
+	},
+	{
 		name:  "formats know nothing of ours but formats, and how RSA is verified",
 		who:   []string{"./formats/..."},
 		never: []string{"./..."},

@@ -29,11 +29,13 @@ func newGate(all, each int) *gate {
 	return &gate{max: all, maxEach: each, of: map[string]int{}}
 }
 
-// enter takes a place and returns what gives it back, or refuses at once.
+// enter takes a place and returns what gives it back, or refuses at once. An
+// eighth of the places is for those who have none: some that flood do not keep
+// the others out.
 func (g *gate) enter(principal string) (leave func(), err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.all >= g.max || g.of[principal] >= g.maxEach {
+	if n := g.of[principal]; g.all >= g.max || n >= g.maxEach || n > 0 && g.all >= g.max-g.max/8 {
 		return nil, fmt.Errorf("%w: %d of yours are under way; wait for answers before sending more",
 			sigerr.Overloaded, g.of[principal])
 	}

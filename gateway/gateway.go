@@ -9,7 +9,9 @@ package gateway
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -39,12 +41,16 @@ const (
 type Config struct {
 	Store      store.Store
 	Token      Token
-	TokenLabel string       // recorded with keys that are made
-	Certify    Certify      // nil: no OpenPGP certificates can be made
-	Amend      Amend        // nil: none can be changed
-	Read       Read         // nil: messages are refused
-	Logger     *slog.Logger // nil: discards
-	Observer   Observer     // nil: nobody is told
+	TokenLabel string // recorded with keys that are made
+	// Pin, where set, is told of the public key of each pair that is registered, by
+	// its CKA_ID, before the token is asked to sign with it, and again: for a token
+	// that is several.
+	Pin      func(id []byte, public crypto.PublicKey)
+	Certify  Certify      // nil: no OpenPGP certificates can be made
+	Amend    Amend        // nil: none can be changed
+	Read     Read         // nil: messages are refused
+	Logger   *slog.Logger // nil: discards
+	Observer Observer     // nil: nobody is told
 
 	// MaxInFlight bounds requests between admission and answer, over all
 	// principals; MaxPerPrincipal those of one. A request beyond is refused at once.
@@ -217,8 +223,30 @@ func (g *Gateway) reload(ctx context.Context) error {
 	if old := g.snap.Load(); old != nil && string(old.source) == string(st.Policy) {
 		next.limits = old.limits
 	}
+	if g.c.Pin != nil {
+		if err := g.pin(reg); err != nil {
+			return err
+		}
+	}
 	g.snap.Store(next)
 	g.stale.Store(false)
+	return nil
+}
+
+// pin tells of every pair.
+func (g *Gateway) pin(reg *keys.Registry) error {
+	for _, name := range reg.Names() {
+		k := reg.Get(name)
+		g.c.Pin(k.ID, k.PublicKey)
+		if k.OpenPGP == nil || k.OpenPGP.PrimaryID == nil {
+			continue
+		}
+		pub, err := x509.ParsePKIXPublicKey(k.OpenPGP.PrimaryPublic)
+		if err != nil {
+			return fmt.Errorf("reading the store: primary key of %q: %w", name, err)
+		}
+		g.c.Pin(k.OpenPGP.PrimaryID, pub)
+	}
 	return nil
 }
 
@@ -389,11 +417,16 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, conten
 	defer expected.Cancel()
 	began := g.clock()
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
-	sig, err := g.c.Token.Sign(tctx, k.ID, signed, scheme.SaltedOptions(r.Hash, r.SaltLength))
+	sig, err := g.c.Token.Sign(tctx, p.Name(), rule.Weight, k.ID, signed, scheme.SaltedOptions(r.Hash, r.SaltLength))
 	cancel()
 	began = g.stage(StageToken, began)
 	if err != nil {
-		return g.refuse(e, audit.Failed, tokenError(err), err.Error())
+		told := tokenError(err)
+		if _, ok := errors.AsType[*overQueue](told); ok {
+			// Not recorded, as where the gate refuses.
+			return Signature{}, told
+		}
+		return g.refuse(e, audit.Failed, told, err.Error())
 	}
 	err = keys.VerifySalted(k.PublicKey, scheme, r.Hash, r.SaltLength, signed, sig)
 	began = g.stage(StageVerify, began)

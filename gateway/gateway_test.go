@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -310,6 +311,41 @@ func TestTokenErrors(t *testing.T) {
 	}
 }
 
+// What the token's queue refuses is told as that, with when to try again, and not
+// recorded: a flood of refusals must not become a flood of commits.
+func TestTokenQueue(t *testing.T) {
+	f := gatewaytest.New(t, gatewaytest.Policy+`
+  - {name: heavy, principals: [alice], keys: [k], may: [sign], formats: [openpgp], blind: true, weight: 7}
+`)
+	f.Key(t, "k", keys.Ed25519)
+	alice := gatewaytest.Principal(t, "alice")
+	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("k", "text")); err != nil {
+		t.Fatal(err)
+	}
+	if by, weight := f.Token.Last(); by != "alice" || weight != 7 {
+		t.Errorf("the token was asked for %q with weight %d, want alice, 7", by, weight)
+	}
+	rows := len(f.Store.Entries(t))
+	f.Token.Before = func(context.Context, []byte) error { return fmt.Errorf("sign: %w", full{}) }
+	_, err := f.Sign(t.Context(), alice, gatewaytest.Request("k", "text"))
+	r, ok := errors.AsType[interface {
+		error
+		RetryAfter() time.Duration
+	}](err)
+	if !errors.Is(err, sigerr.Overloaded) || !ok || r.RetryAfter() != 70*time.Millisecond || !strings.Contains(err.Error(), "no place") {
+		t.Errorf("got %v, want Overloaded for 70 ms, and why", err)
+	}
+	if got := len(f.Store.Entries(t)); got != rows {
+		t.Errorf("%d rows recorded", got-rows)
+	}
+}
+
+type full struct{}
+
+func (full) Error() string             { return "no place" }
+func (full) Busy() bool                { return true }
+func (full) RetryAfter() time.Duration { return 70 * time.Millisecond }
+
 type taken struct{}
 
 func (taken) Error() string { return "label is taken" }
@@ -422,6 +458,38 @@ func TestIdempotencyExpires(t *testing.T) {
 		}
 		f.Close()
 	})
+}
+
+// Those who flood leave places for who has none.
+func TestBoundsReserve(t *testing.T) {
+	f := gatewaytest.New(t, twoTeams, func(c *gateway.Config) { c.MaxInFlight = 16 })
+	f.Key(t, "a-1", keys.Ed25519)
+	f.Key(t, "b-1", keys.Ed25519)
+	alice, bob := gatewaytest.Principal(t, "alice"), gatewaytest.Principal(t, "bob")
+	entered, release := make(chan struct{}, 16), make(chan struct{})
+	f.Token.Before = func(context.Context, []byte) error {
+		entered <- struct{}{}
+		<-release
+		return nil
+	}
+	var wg sync.WaitGroup
+	sign := func(p ident.Principal, key string) {
+		wg.Go(func() {
+			if _, err := f.Sign(t.Context(), p, gatewaytest.Request(key, "text")); err != nil {
+				t.Errorf("within the bounds: %v", err)
+			}
+		})
+		<-entered
+	}
+	for range 14 {
+		sign(alice, "a-1")
+	}
+	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.Overloaded) {
+		t.Errorf("alice's fifteenth of sixteen: got %v, want Overloaded", err)
+	}
+	sign(bob, "b-1")
+	close(release)
+	wg.Wait()
 }
 
 func TestBounds(t *testing.T) {

@@ -18,13 +18,16 @@ import (
 // signing has no side effect, so nobody needs to know.
 //
 // An error may have methods that tell its kind: Busy() bool for one that may
-// pass by itself, Exists() bool for a label or id that is taken; everything else
+// pass by itself, and with it RetryAfter() time.Duration where the token has not
+// been asked, since too much waits for it; Exists() bool for a label or id that is taken; everything else
 // is a token failure.
 type Token interface {
 	// Sign signs a digest with the key whose CKA_ID is id. opts is
 	// *rsa.PSSOptions for PSS, crypto.Hash(0) for Ed25519, and else the hash.
-	// ECDSA comes back as r||s of equal width.
-	Sign(ctx context.Context, id, digest []byte, opts crypto.SignerOpts) ([]byte, error)
+	// ECDSA comes back as r||s of equal width. by is the principal and weight that
+	// of its rule: where requests of several wait, each gets of the token's time in
+	// proportion to it.
+	Sign(ctx context.Context, by string, weight int, id, digest []byte, opts crypto.SignerOpts) ([]byte, error)
 	// Generate makes a pair that cannot be exported; algorithm is a keys.Algorithm.
 	Generate(ctx context.Context, label string, id []byte, algorithm string) (crypto.PublicKey, error)
 	// Delete destroys a pair: one that Generate made and that was not registered.
@@ -54,12 +57,33 @@ func tokenError(err error) error {
 	case errors.Is(err, context.Canceled):
 		return sigerr.Canceled
 	case ok && busy.Busy():
+		if q, ok := errors.AsType[queued](err); ok {
+			return &overQueue{q.Error(), q.RetryAfter()}
+		}
 		return fmt.Errorf("%w: the token is busy", sigerr.Overloaded)
 	case taken && exists.Exists():
 		return fmt.Errorf("%w: the token holds an unregistered object of that label; delete it there, or choose another name", sigerr.Conflict)
 	}
 	return sigerr.TokenFailed
 }
+
+// queued is the error of a request that had to wait for the token and was refused
+// instead: the token has not seen it.
+type queued interface {
+	error
+	RetryAfter() time.Duration
+}
+
+// overQueue is sigerr.Overloaded, and its method RetryAfter tells a front-end when
+// to try again.
+type overQueue struct {
+	text string
+	wait time.Duration
+}
+
+func (o *overQueue) Error() string             { return fmt.Sprintf("%v: %s", sigerr.Overloaded, o.text) }
+func (o *overQueue) Unwrap() error             { return sigerr.Overloaded }
+func (o *overQueue) RetryAfter() time.Duration { return o.wait }
 
 // tokenSigner signs certifications with a key that has just been generated. It
 // is the bridge from crypto.Signer, which has no context, and so keeps one; it
@@ -83,7 +107,7 @@ func (t *tokenSigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) (
 	if err != nil {
 		return nil, err
 	}
-	sig, err := t.token.Sign(t.ctx, t.id, digest, scheme.Options(opts.HashFunc()))
+	sig, err := t.token.Sign(t.ctx, "", 1, t.id, digest, scheme.Options(opts.HashFunc()))
 	if err != nil {
 		return nil, fmt.Errorf("certifying: %w", err)
 	}

@@ -206,6 +206,9 @@ func (e *Error) Refused() bool { return e.Class == ClassRefused }
 // Busy says that the same request may succeed later.
 func (e *Error) Busy() bool { return e.Class == ClassBusy }
 
+// NoSession says that the token has no session left for this.
+func (e *Error) NoSession() bool { return e.Code == pkcs11.CKR_SESSION_COUNT }
+
 // Gone says that the token does not work; another one may serve.
 func (e *Error) Gone() bool { return e.Class == ClassGone }
 

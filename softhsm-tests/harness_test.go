@@ -21,12 +21,21 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/signwarden/signwarden/gateway/client"
+	"github.com/signwarden/signwarden/hsm/worker"
+	"github.com/signwarden/signwarden/softhsm-tests/faultp11"
 )
 
-// bin is where TestMain builds the programs.
-var bin string
+// bin is where TestMain builds the programs, and faulty the module that fails as it is
+// told (faultp11).
+var bin, faulty string
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
+// TestMain is also the program that a worker.Token of a test starts.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == worker.Command {
+		os.Exit(worker.Main())
+	}
+	os.Exit(run(m))
+}
 
 func run(m *testing.M) int {
 	for _, tool := range []string{"fsverity", "veritysetup", "time", "gpg", "gpgconf", "rpm", "rpmbuild", "rpmsign", "rpmkeys", "xorriso", "git", "pkcs11-tool", "sq", "openssl", "sqlite3",
@@ -56,6 +65,10 @@ func run(m *testing.M) int {
 			fmt.Fprintf(os.Stderr, "building %s: %v\n%s", name, err, out)
 			return 1
 		}
+	}
+	if faulty, err = faultp11.Build(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
 	}
 	return m.Run()
 }

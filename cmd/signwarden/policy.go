@@ -35,6 +35,7 @@ rules:
     not_before: 2027-01-01T00:00:00Z
     not_after: 2027-12-31T23:59:59Z
     rate: 5000/h                    # each principal and key: per s, m or h
+    weight: 10                      # share of a busy token, to others' 1: 1 to 100
   - name: our-packages
     principals: [ci]
     keys: [release]

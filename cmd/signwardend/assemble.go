@@ -25,6 +25,7 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 	"github.com/signwarden/signwarden/gateway/store"
 	"github.com/signwarden/signwarden/hsm"
+	"github.com/signwarden/signwarden/hsm/fleet"
 	"github.com/signwarden/signwarden/hsm/pinrecord"
 	"github.com/signwarden/signwarden/hsm/worker"
 )
@@ -95,7 +96,7 @@ func startWorkers(ctx context.Context, conf config.Config, m *metrics.Metrics, l
 		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, Profile: c.Profile, PIN: pin, Logger: log,
 		ReadPIN: func() (hsm.PIN, error) { return readPIN(c) },
 		Tries:   pinrecord.New(pinRecord(conf), c.Module, c.Label),
-		Workers: workers, Sessions: each,
+		Workers: workers, Sessions: each, Queue: c.Queue,
 		KeepAlive: time.Duration(c.KeepAlive), CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
 		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
 		Observer: observeToken(m, c.Label),
@@ -226,10 +227,61 @@ func readRPM(hash crypto.Hash, message []byte) (*policy.Content, error) {
 // parts is an assembled gateway.
 type parts struct {
 	gateway *gateway.Gateway
-	token   *worker.Token
+	token   token
 	store   *store.SQLite
 	metrics *metrics.Metrics // nil where nobody is to read them
 	unlock  func()
+}
+
+// token is one token or several.
+type token interface {
+	gateway.Token
+	Ping(ctx context.Context) error
+	Stats() worker.Stats
+	ReadPIN() error
+	Close() error
+}
+
+// openTokens opens the tokens that the configuration names. pin is what the gateway
+// tells of registered keys; nil where there is one token.
+func openTokens(ctx context.Context, conf config.Config, m *metrics.Metrics, log *slog.Logger) (_ token, pin func([]byte, crypto.PublicKey), err error) {
+	all := conf.AllTokens()
+	if len(all) == 1 {
+		conf.Token = all[0].Token
+		t, err := startWorkers(ctx, conf, m, log)
+		if err != nil {
+			return nil, nil, err
+		}
+		return t, nil, nil
+	}
+	c := fleet.Config{Logger: log}
+	for _, t := range all {
+		conf := conf
+		conf.Token = t.Token
+		var refused hsm.PIN // Open and Mended are not called at the same time
+		record := pinrecord.New(pinRecord(conf), conf.Token.Module, conf.Token.Label)
+		c.Members = append(c.Members, fleet.Member{
+			Name: t.Name,
+			Open: func(ctx context.Context) (fleet.Token, error) {
+				refused, _ = readPIN(conf.Token)
+				w, err := startWorkers(ctx, conf, m, log.With("token", t.Name))
+				if err != nil {
+					return nil, err
+				}
+				return w, nil
+			},
+			Mended: func() bool {
+				pin, err := readPIN(conf.Token)
+				return err == nil && (pin.Reveal() != refused.Reveal() ||
+					record.Refuses(pin) == nil)
+			},
+		})
+	}
+	f, err := fleet.Open(ctx, c)
+	if err != nil {
+		return nil, nil, err
+	}
+	return f, f.Pin, nil
 }
 
 // assemble opens what the configuration names. Close the result.
@@ -251,7 +303,8 @@ func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts,
 	if err != nil {
 		return nil, err
 	}
-	p.token, err = startWorkers(ctx, c, p.metrics, log)
+	var pin func([]byte, crypto.PublicKey)
+	p.token, pin, err = openTokens(ctx, c, p.metrics, log)
 	if err != nil {
 		return nil, err
 	}
@@ -260,7 +313,7 @@ func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts,
 		observer = p.metrics
 	}
 	p.gateway, err = gateway.New(ctx, gateway.Config{
-		Store: p.store, Token: p.token, TokenLabel: c.Token.Label, Certify: certify, Amend: amend, Read: read, Logger: log, Observer: observer,
+		Store: p.store, Token: p.token, TokenLabel: c.AllTokens()[0].Token.Label, Pin: pin, Certify: certify, Amend: amend, Read: read, Logger: log, Observer: observer,
 		MaxInFlight: c.Limits.InFlight, MaxPerPrincipal: c.Limits.InFlightPerPrincipal,
 		SignTimeout: time.Duration(c.Limits.SignTimeout),
 	})

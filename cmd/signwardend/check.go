@@ -71,7 +71,10 @@ func check(ctx context.Context, d *dirFlags, out io.Writer) error {
 	}
 	r.certificates(conf.TLS)
 	state, stored := r.store(ctx, conf.Store)
-	r.token(ctx, conf, state, stored)
+	for _, t := range conf.AllTokens() {
+		conf.Token = t.Token
+		r.token(ctx, conf, len(conf.Tokens) > 1, state, stored)
+	}
 	if r.bad > 0 {
 		return fmt.Errorf("%d of the checks failed", r.bad)
 	}
@@ -151,7 +154,8 @@ func readAudit(ctx context.Context, s store.Store) (rows int64, err error) {
 	}
 }
 
-func (r *report) token(ctx context.Context, conf config.Config, state store.State, stored bool) {
+// token examines one token; several: that it is one of several.
+func (r *report) token(ctx context.Context, conf config.Config, several bool, state store.State, stored bool) {
 	c := conf.Token
 	pool, err := openToken(ctx, conf, slog.New(slog.DiscardHandler))
 	if !r.result("token", err, "%q by %s", c.Label, c.Module) {
@@ -164,7 +168,7 @@ func (r *report) token(ctx context.Context, conf config.Config, state store.Stat
 	r.profile(info)
 	r.mechanisms(info, state.Keys)
 	if stored {
-		r.keys(ctx, pool, state.Keys)
+		r.keys(ctx, pool, several, state.Keys)
 	}
 }
 
@@ -221,9 +225,13 @@ func (r *report) mechanisms(info hsm.Info, all []keys.Key) {
 }
 
 // keys sees that each registered key is in the token and still the same.
-func (r *report) keys(ctx context.Context, pool *hsm.Pool, all []keys.Key) {
+func (r *report) keys(ctx context.Context, pool *hsm.Pool, several bool, all []keys.Key) {
 	for _, k := range all {
 		pub, err := pool.PublicKey(ctx, k.ID)
+		if several && errors.Is(err, hsm.ErrNotFound) {
+			fmt.Fprintf(r.out, "note  %-14s not in this token\n", "key "+k.Name)
+			continue
+		}
 		var der []byte
 		if err == nil {
 			der, err = x509.MarshalPKIXPublicKey(pub)

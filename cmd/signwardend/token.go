@@ -43,14 +43,20 @@ func retryPIN(d *dirFlags, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	said, err := pinrecord.Forget(pinRecord(conf))
-	if err != nil {
-		return err
+	none := true
+	for _, t := range conf.AllTokens() {
+		conf.Token = t.Token
+		said, err := pinrecord.Forget(pinRecord(conf))
+		if err != nil {
+			return err
+		}
+		if said != "" {
+			none = false
+			fmt.Fprintf(out, "forgotten: %s\n", said)
+		}
 	}
-	if said == "" {
+	if none {
 		fmt.Fprintln(out, "no refusal of the PIN is on record")
-		return nil
 	}
-	fmt.Fprintf(out, "forgotten: %s\n", said)
 	return nil
 }

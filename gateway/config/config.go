@@ -5,11 +5,15 @@ package config
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -29,8 +33,10 @@ type Config struct {
 	// Listen is the address of the gRPC listener, host:port.
 	Listen string `yaml:"listen"`
 	TLS    TLS    `yaml:"tls"`
-	Token  Token  `yaml:"token"`
-	Store  Store  `yaml:"store"`
+	// Token is the only one, or Tokens are several.
+	Token  Token        `yaml:"token,omitempty"`
+	Tokens []NamedToken `yaml:"tokens,omitempty"`
+	Store  Store        `yaml:"store"`
 	// Agents are sockets for users of this host.
 	Agents []Agent `yaml:"agents,omitempty"`
 	Limits Limits  `yaml:"limits,omitempty"`
@@ -79,6 +85,15 @@ type TLS struct {
 	ClientCA string `yaml:"client_ca"`
 }
 
+// NamedToken is one of several.
+type NamedToken struct {
+	// Name is for the log, metrics and people.
+	Name string `yaml:"name"`
+	// Primary is that of the token in which keys are made; one has it.
+	Primary bool  `yaml:"primary,omitempty"`
+	Token   Token `yaml:",inline"`
+}
+
 // Token is a PKCS#11 token.
 type Token struct {
 	Module string `yaml:"module"`
@@ -102,6 +117,8 @@ type Token struct {
 	// Sessions bounds concurrent signatures, of all workers; 0: one for each. No
 	// less than Workers, among whom they are divided evenly.
 	Sessions int `yaml:"sessions,omitempty"`
+	// Queue bounds the requests that wait for a worker; 0: the default.
+	Queue int `yaml:"queue,omitempty"`
 	// CallTimeout is after how long without an answer a worker is taken for hung,
 	// StartTimeout how long one has to log in.
 	CallTimeout  Duration `yaml:"call_timeout,omitempty"`
@@ -192,17 +209,25 @@ func Parse(b []byte, dir string) (Config, error) {
 
 // absolute resolves every path against dir.
 func (c *Config) absolute(dir string) {
-	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Token.PINFile, &c.Token.PINRecord, &c.Store.SQLite}
+	paths := []*string{&c.TLS.Certificate, &c.TLS.Key, &c.TLS.ClientCA, &c.Store.SQLite}
 	makeAbsolute(dir, paths)
+	c.Token.absolute(dir)
+	for i := range c.Tokens {
+		c.Tokens[i].Token.absolute(dir)
+	}
 	if network, path := c.Metrics.Network(); network == "unix" && path != "" && !filepath.IsAbs(path) {
 		c.Metrics.Listen = "unix:" + filepath.Join(dir, path)
 	}
 	for i := range c.Agents {
 		c.Agents[i].absolute(dir)
 	}
-	for name, v := range c.Token.Environment {
+}
+
+func (t *Token) absolute(dir string) {
+	makeAbsolute(dir, []*string{&t.PINFile, &t.PINRecord})
+	for name, v := range t.Environment {
 		if len(v) > 2 && v[:2] == "./" {
-			c.Token.Environment[name] = filepath.Join(dir, v)
+			t.Environment[name] = filepath.Join(dir, v)
 		}
 	}
 }
@@ -219,7 +244,6 @@ func (c *Config) check() error {
 	for _, f := range []struct{ name, value string }{
 		{"listen", c.Listen},
 		{"tls.certificate", c.TLS.Certificate}, {"tls.key", c.TLS.Key}, {"tls.client_ca", c.TLS.ClientCA},
-		{"token.module", c.Token.Module}, {"token.label", c.Token.Label}, {"token.pin_file", c.Token.PINFile},
 		{"store.sqlite", c.Store.SQLite},
 	} {
 		if f.value == "" {
@@ -229,28 +253,19 @@ func (c *Config) check() error {
 	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		return fmt.Errorf("listen: %q is not host:port", c.Listen)
 	}
-	if !filepath.IsAbs(c.Token.Module) {
-		return fmt.Errorf("token.module: %q is not an absolute path", c.Token.Module)
+	if err := c.checkTokens(); err != nil {
+		return err
 	}
 	for _, f := range []struct {
 		name  string
 		value int
 	}{
-		{"token.workers", c.Token.Workers}, {"token.sessions", c.Token.Sessions},
-		{"token.recycle_signatures", c.Token.RecycleSignatures}, {"limits.in_flight", c.Limits.InFlight},
+		{"limits.in_flight", c.Limits.InFlight},
 		{"limits.in_flight_per_principal", c.Limits.InFlightPerPrincipal},
 		{"limits.in_flight_per_stream", c.Limits.InFlightPerStream},
 	} {
 		if f.value < 0 {
 			return fmt.Errorf("%s: %d is negative", f.name, f.value)
-		}
-	}
-	if w, s := c.Token.Workers, c.Token.Sessions; s > 0 && w > s {
-		return fmt.Errorf("token.workers: %d are more than the %d token.sessions, of which each has one at least", w, s)
-	}
-	for _, n := range []int{c.Token.Workers, c.Token.Sessions} {
-		if n > maxSessions {
-			return fmt.Errorf("token: %d workers or sessions are more than %d", n, maxSessions)
 		}
 	}
 	if err := c.Metrics.check(); err != nil {
@@ -260,6 +275,95 @@ func (c *Config) check() error {
 	for i, a := range c.Agents {
 		if err := a.check(sockets); err != nil {
 			return fmt.Errorf("agents[%d].%w", i, err)
+		}
+	}
+	return nil
+}
+
+// AllTokens are the configured tokens, the primary one first; a token that is the
+// only one has its label for a name.
+func (c *Config) AllTokens() []NamedToken {
+	if len(c.Tokens) == 0 {
+		return []NamedToken{{Name: c.Token.Label, Primary: true, Token: c.Token}}
+	}
+	all := slices.Clone(c.Tokens)
+	slices.SortStableFunc(all, func(a, b NamedToken) int {
+		switch {
+		case a.Primary == b.Primary:
+			return 0
+		case a.Primary:
+			return -1
+		}
+		return 1
+	})
+	return all
+}
+
+// maxTokens bounds tokens.
+const maxTokens = 16
+
+var tokenNameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$`)
+
+func (c *Config) checkTokens() error {
+	if len(c.Tokens) == 0 {
+		return c.Token.check("token")
+	}
+	if !reflect.ValueOf(c.Token).IsZero() {
+		return errors.New("tokens: there is a token too; move it into the list")
+	}
+	if len(c.Tokens) > maxTokens {
+		return fmt.Errorf("tokens: %d are more than %d", len(c.Tokens), maxTokens)
+	}
+	names, places := map[string]bool{}, map[string]bool{}
+	primary := 0
+	for i, t := range c.Tokens {
+		at := fmt.Sprintf("tokens[%d]", i)
+		if !tokenNameRE.MatchString(t.Name) || names[t.Name] {
+			return fmt.Errorf("%s.name: %q is taken, or not a letter or digit and then up to 31 letters, digits, '.', '_' or '-'", at, t.Name)
+		}
+		names[t.Name] = true
+		if err := t.Token.check(at); err != nil {
+			return err
+		}
+		place := fmt.Sprintf("%q %q %q", t.Token.Module, t.Token.Label, t.Token.Environment)
+		if places[place] {
+			return fmt.Errorf("%s: an earlier entry has this module, label and environment", at)
+		}
+		places[place] = true
+		if t.Primary {
+			primary++
+		}
+	}
+	if primary != 1 {
+		return fmt.Errorf("tokens: %d are primary; keys are made in one: give it primary: true", primary)
+	}
+	return nil
+}
+
+// check says what is wrong with a token that stands at a place of the file.
+func (t *Token) check(at string) error {
+	for _, f := range []struct{ name, value string }{{"module", t.Module}, {"label", t.Label}, {"pin_file", t.PINFile}} {
+		if f.value == "" {
+			return fmt.Errorf("%s.%s is missing", at, f.name)
+		}
+	}
+	if !filepath.IsAbs(t.Module) {
+		return fmt.Errorf("%s.module: %q is not an absolute path", at, t.Module)
+	}
+	for _, f := range []struct {
+		name  string
+		value int
+	}{{"workers", t.Workers}, {"sessions", t.Sessions}, {"queue", t.Queue}, {"recycle_signatures", t.RecycleSignatures}} {
+		if f.value < 0 {
+			return fmt.Errorf("%s.%s: %d is negative", at, f.name, f.value)
+		}
+	}
+	if w, s := t.Workers, t.Sessions; s > 0 && w > s {
+		return fmt.Errorf("%s.workers: %d are more than the %d %[1]s.sessions, of which each has one at least", at, w, s)
+	}
+	for _, n := range []int{t.Workers, t.Sessions} {
+		if n > maxSessions {
+			return fmt.Errorf("%s: %d workers or sessions are more than %d", at, n, maxSessions)
 		}
 	}
 	return nil

@@ -80,12 +80,14 @@ func TestParseErrors(t *testing.T) {
 	for _, tt := range []struct{ name, old, new, want string }{
 		{"unknown field", "listen:", "listne:", `unknown field "listne"`},
 		{"line", "label: signwarden", "lable: signwarden", "[5:"},
+		{"token and tokens", "store:", "tokens: [{name: a, module: /m, label: l, pin_file: p}]\nstore:", "there is a token too"},
 		{"missing", "  pin_file: pin\n", "", "token.pin_file is missing"},
 		{"listen", "127.0.0.1:7443", "localhost", `listen: "localhost" is not host:port`},
 		{"module", "/usr/lib/softhsm/", "", "token.module"},
 		{"duration", "10s", "10", "no duration"},
 		{"negative", "in_flight: 7", "in_flight: -7", "limits.in_flight"},
 		{"negative workers", "workers: 2", "workers: -2", "token.workers"},
+		{"negative queue", "workers: 2", "workers: 2\n  queue: -1", "token.queue: -1 is negative"},
 		{"workers without a session", "workers: 2", "workers: 9", "token.workers: 9 are more than the 8 token.sessions"},
 		{"too many sessions", "sessions: 8", "sessions: 80000", "more than 1024"},
 		{"no uids", "uids: [0, 1000]", "uids: []", "agents[0].uids is missing"},
@@ -196,6 +198,45 @@ func TestMetricsListen(t *testing.T) {
 		}
 		if network, _ := c.Metrics.Network(); err != nil || network != tt.network {
 			t.Errorf("%s: %s, %v", tt.metrics, network, err)
+		}
+	}
+}
+
+const several = `listen: 127.0.0.1:7443
+tls: {certificate: a, key: b, client_ca: c}
+store: {sqlite: db}
+tokens:
+  - {name: a, module: /m.so, label: l, pin_file: pin, environment: {X: ./a}, workers: 1}
+  - {name: b, primary: true, module: /m.so, label: l, pin_file: pin, environment: {X: ./b}}
+`
+
+func TestTokens(t *testing.T) {
+	c, err := config.Parse([]byte(several), "/d")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := c.AllTokens()
+	if len(all) != 2 || all[0].Name != "b" || all[1].Name != "a" || all[1].Token.PINFile != "/d/pin" || all[1].Token.Environment["X"] != "/d/a" || all[1].Token.Workers != 1 {
+		t.Errorf("got %+v, want the primary one first", all)
+	}
+	if c, err := config.Parse([]byte(good), "/d"); err != nil || len(c.AllTokens()) != 1 || c.AllTokens()[0].Name != "signwarden" {
+		t.Errorf("one token: %v, %+v", err, c.AllTokens())
+	}
+	for _, tt := range []struct{ name, old, new, want string }{
+		{"no name", "name: a, ", "", "tokens[0].name"},
+		{"name twice", "name: a", "name: b", "tokens[1].name"},
+		{"bad name", "name: a", "name: ../a", "tokens[0].name"},
+		{"no primary", "primary: true, ", "", "0 are primary"},
+		{"two primary", "name: a", "primary: true, name: a", "2 are primary"},
+		{"no label", "label: l, ", "", "tokens[0].label is missing"},
+		{"module", "module: /m.so", "module: m.so", "tokens[0].module"},
+		{"workers", "workers: 1", "workers: -1", "tokens[0].workers: -1"},
+		{"the same twice", "X: ./b", "X: ./a", "tokens[1]: an earlier entry has this"},
+		{"unknown field", "workers: 1", "worker: 1", `unknown field "worker"`},
+		{"none", several[strings.Index(several, "tokens:"):], "", "token.module is missing"},
+	} {
+		if _, err := config.Parse([]byte(strings.Replace(several, tt.old, tt.new, 1)), "/d"); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got %v, want an error with %q", tt.name, err, tt.want)
 		}
 	}
 }

@@ -156,6 +156,10 @@ type Token struct {
 	mu    sync.Mutex
 	pairs map[string]crypto.Signer
 	signs int
+	last  struct {
+		by     string
+		weight int
+	}
 
 	// Before, where set, runs before each signature; an error is returned
 	// instead of one. After may change what is returned.
@@ -176,6 +180,13 @@ func (k *Token) Signs() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.signs
+}
+
+// Last is for whom Sign was last called, and with which weight.
+func (k *Token) Last() (by string, weight int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.last.by, k.last.weight
 }
 
 // Pairs is how many pairs it holds.
@@ -236,9 +247,10 @@ func (k *Token) Delete(_ context.Context, id []byte) error {
 }
 
 // Sign implements gateway.Token.
-func (k *Token) Sign(ctx context.Context, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+func (k *Token) Sign(ctx context.Context, by string, weight int, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	k.mu.Lock()
 	k.signs++
+	k.last.by, k.last.weight = by, weight
 	pair, before, after := k.pairs[string(id)], k.Before, k.After
 	k.mu.Unlock()
 	if pair == nil {

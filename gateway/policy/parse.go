@@ -39,6 +39,7 @@ type fileRule struct {
 	NotBefore  string   `yaml:"not_before"`
 	NotAfter   string   `yaml:"not_after"`
 	Rate       string   `yaml:"rate"`
+	Weight     *int     `yaml:"weight"`
 }
 
 // Parse reads a policy file. Errors wrap [sigerr.Invalid] and name the rule and
@@ -107,16 +108,25 @@ func (f fileRule) rule() (Rule, error) {
 	if !r.NotBefore.IsZero() && !r.NotAfter.IsZero() && r.NotAfter.Before(r.NotBefore) {
 		return r, errors.New("not_after is before not_before")
 	}
-	r.Rate, err = parseRate(f.Rate)
-	return r, err
+	if r.Rate, err = parseRate(f.Rate); err != nil {
+		return r, err
+	}
+	r.Weight = 1
+	if f.Weight != nil {
+		r.Weight = *f.Weight
+	}
+	if r.Weight < 1 || r.Weight > MaxWeight {
+		return r, fmt.Errorf("weight: %d is not 1 to %d", r.Weight, MaxWeight)
+	}
+	return r, nil
 }
 
 // checkSign checks the fields that say what may be signed: all are refused
 // where the rule does not give sign, since they would promise nothing.
 func (f fileRule) checkSign() error {
 	if !slices.Contains(f.May, Sign) {
-		if len(f.Formats) > 0 || f.Blind || f.Content != "" || f.hasPackages() || f.Namespaces != nil || len(f.Hashes) > 0 || f.Rate != "" {
-			return errors.New("formats, blind, content, packages, namespaces, hashes and rate mean something only with may: [sign]")
+		if len(f.Formats) > 0 || f.Blind || f.Content != "" || f.hasPackages() || f.Namespaces != nil || len(f.Hashes) > 0 || f.Rate != "" || f.Weight != nil {
+			return errors.New("formats, blind, content, packages, namespaces, hashes, rate and weight mean something only with may: [sign]")
 		}
 		return nil
 	}

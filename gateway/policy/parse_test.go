@@ -101,6 +101,12 @@ func TestParseErrors(t *testing.T) {
 		{"date only", rule("not_before: 2027-01-31"), []string{`"r1"`, "not_before:", `"2027-01-31"`}},
 		{"no time", rule("not_after: tomorrow"), []string{`"r1"`, "not_after:", `"tomorrow"`}},
 		{"times reversed", rule("not_before: 2027-01-02T00:00:00Z", "not_after: 2027-01-01T00:00:00Z"), []string{`"r1"`, "not_after", "not_before"}},
+		{"weight without sign", rule(append(read, "weight: 2")...), []string{`"r1"`, "weight", "may: [sign]"}},
+		{"no weight", rule("weight: 0"), []string{`"r1"`, "weight: 0 is not 1 to 100"}},
+		{"negative weight", rule("weight: -1"), []string{`"r1"`, "weight: -1"}},
+		{"octal weight", rule("weight: 010"), []string{"line 8", `"010"`}},
+		{"fraction of a weight", rule("weight: 1.5"), []string{"line 8", `"1.5"`}},
+		{"too heavy", rule("weight: 101"), []string{`"r1"`, "weight: 101"}},
 		{"rate of none", rule("rate: 0/s"), []string{`"r1"`, "rate:", `"0/s"`}},
 		{"negative rate", rule("rate: -1/s"), []string{`"r1"`, "rate:"}},
 		{"signed rate", rule("rate: +1/s"), []string{`"r1"`, "rate:"}},
@@ -271,4 +277,14 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("Explain has %d lines for %d rules", n, r.Len())
 		}
 	})
+}
+
+// The weight is that of the rule that allows it, and 1 where it has none.
+func TestWeight(t *testing.T) {
+	for source, want := range map[string]int{rule("blind: true"): 1, rule("weight: 1"): 1, rule("weight: 100", "rate: 1/s"): 100} {
+		d := parse(t, source).Allow(policy.Query{Principal: "p", Key: "k", Action: policy.Sign, Format: "rpm"})
+		if !d.Allowed || d.Weight != want {
+			t.Errorf("%s: %+v, want weight %d", source, d, want)
+		}
+	}
 }

@@ -174,7 +174,13 @@ type Rule struct {
 	// Rate bounds the signatures that each principal gets with each key by this
 	// rule; zero: unbounded.
 	Rate Rate
+	// Weight is the share of the token that each principal gets where requests of
+	// several wait for it, in proportion to the others': 1 to MaxWeight.
+	Weight int
 }
+
+// MaxWeight bounds the weight of a rule.
+const MaxWeight = 100
 
 // Rate is a token bucket: Count signatures at once, refilled in Per.
 type Rate struct {
@@ -212,6 +218,7 @@ type Decision struct {
 	Rule    string // the rule that allows it; empty where none does
 	Reason  string // why not; empty where allowed
 	Rate    Rate
+	Weight  int // of the rule that allows it
 }
 
 // Rules is a checked set of rules. It is immutable and safe for concurrent use.
@@ -236,7 +243,7 @@ func (r *Rules) Allow(q Query) Decision {
 		rule := &r.rules[i]
 		m := rule.refuses(q)
 		if m.step == allowed {
-			d := Decision{Allowed: true, Rule: rule.Name, Rate: rule.Rate}
+			d := Decision{Allowed: true, Rule: rule.Name, Rate: rule.Rate, Weight: rule.Weight}
 			if d.Rate.Count == 0 {
 				return d
 			}

@@ -62,7 +62,7 @@ func checkTokens(tokens token.Tokens) error {
 		switch {
 		case slices.Contains(foreign, t.Type):
 			return fmt.Errorf("line %d: anchors, aliases, tags, '?', '<<' and '%%' have no place in a policy", line)
-		case slices.Contains(numbers, t.Type):
+		case slices.Contains(numbers, t.Type) && !isWeight(tokens, i):
 			return fmt.Errorf("line %d: put %.40q in quotes: it is a name, and would be read as a number", line, t.Value)
 		case t.Type == token.NullType:
 			return fmt.Errorf("line %d: %.40q is no value; leave the field out", line, t.Value)
@@ -86,6 +86,12 @@ func checkTokens(tokens token.Tokens) error {
 		}
 	}
 	return nil
+}
+
+// isWeight reports whether tokens[i] is a weight, the only number that is one,
+// written as people write it.
+func isWeight(tokens token.Tokens, i int) bool {
+	return i >= 2 && tokens[i].Type == token.IntegerType && tokens[i-1].Type == token.MappingValueType && tokens[i-2].Value == "weight"
 }
 
 // valueless reports whether nothing follows the ':' at i > 0: left to itself, an

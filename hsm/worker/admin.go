@@ -9,6 +9,8 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/signwarden/signwarden/hsm"
@@ -66,32 +68,103 @@ func (t *Token) act(ctx context.Context, op string, kind byte, body []byte) ([]b
 		return nil, fmt.Errorf("%s: %w", op, hsm.ErrClosed)
 	}
 	defer t.running.Done()
-	p, err := t.start(ctx, modeAdmin)
-	if err != nil {
-		<-t.admin
-		return nil, fmt.Errorf("%s: %w", op, err)
-	}
-	type outcome struct {
-		answer []byte
-		err    error
-	}
 	came := make(chan outcome, 1)
 	t.running.Go(func() {
 		defer func() { <-t.admin }()
-		answer, err := p.ask(op, kind, body)
-		p.hangUp()
-		came <- outcome{answer, err}
-		p.conn.SetDeadline(time.Now().Add(endTimeout))
-		io.Copy(io.Discard, p.conn) // until it is gone
-		p.bury()
-		p.log.Info("administrative worker ended", slog.String("act", op), slog.String("state", p.cmd.ProcessState.String()))
+		t.perform(ctx, op, kind, body, came)
 	})
 	select {
 	case o := <-came:
 		return o.answer, o.err
 	case <-ctx.Done():
-		p.hangUp() // by which it knows, and undoes what it has begun
 		return nil, fmt.Errorf("%s: %w", op, ctx.Err())
+	}
+}
+
+type outcome struct {
+	answer []byte
+	err    error
+}
+
+// maxLoans is how many signing workers are asked for their sessions for one act.
+const maxLoans = 2
+
+// perform starts a child, has it do the act, tells the outcome, and returns when the
+// child is gone. Where the token has no session left for it, a signing worker ends
+// first and its successor waits: a token that serves only some sessions would
+// otherwise make no key as long as we sign. When ctx ends the child undoes what it has
+// begun.
+func (t *Token) perform(ctx context.Context, op string, kind byte, body []byte, came chan<- outcome) {
+	for loans := 0; ; loans++ {
+		p, err := t.start(ctx, modeAdmin)
+		var answer []byte
+		if err == nil {
+			stop := context.AfterFunc(ctx, p.hangUp)
+			answer, err = p.ask(op, kind, body)
+			stop()
+			p.hangUp()
+		} else {
+			err = fmt.Errorf("%s: %w", op, err)
+		}
+		e, ok := errors.AsType[*hsm.Error](err)
+		again := ok && e.NoSession() && loans < maxLoans
+		if !again {
+			came <- outcome{answer, err}
+		}
+		if p != nil {
+			p.conn.SetDeadline(time.Now().Add(endTimeout))
+			io.Copy(io.Discard, p.conn) // until it is gone
+			p.bury()
+			p.log.Info("administrative worker ended", slog.String("act", op), slog.String("state", p.cmd.ProcessState.String()))
+		}
+		if !again {
+			return
+		}
+		giveBack := t.borrow(ctx)
+		if giveBack == nil {
+			came <- outcome{nil, err}
+			return
+		}
+		defer giveBack() // not before the act is over: its successor would take them
+	}
+}
+
+// borrow ends a signing worker, whose successor does not start before the sessions
+// are given back; nil where there is none, or ctx ended first.
+func (t *Token) borrow(ctx context.Context) (giveBack func()) {
+	t.mu.Lock()
+	i := slices.IndexFunc(t.live, func(p *process) bool { return !p.draining })
+	if i < 0 {
+		t.mu.Unlock()
+		return nil
+	}
+	p := t.live[i]
+	p.draining, p.lent = true, make(chan struct{})
+	p.replace(CauseLent)
+	t.mu.Unlock()
+	giveBack = sync.OnceFunc(func() { close(p.lent) })
+	p.log.Info("worker lends its sessions to an administrative one")
+	select {
+	case <-p.dead:
+		return giveBack
+	case <-ctx.Done():
+	case <-t.closing.Done():
+	}
+	giveBack()
+	return nil
+}
+
+// awaitReturn waits until what p lent is given back.
+func (t *Token) awaitReturn(p *process) {
+	t.mu.Lock()
+	lent := p.lent
+	t.mu.Unlock()
+	if lent == nil {
+		return
+	}
+	select {
+	case <-lent:
+	case <-t.closing.Done():
 	}
 }
 

@@ -181,13 +181,15 @@ func BenchmarkSign(b *testing.B) {
 		mech      uint
 	}{{"p256", pkcs11.CKM_ECDSA}, {"rsa2048", pkcs11.CKM_RSA_PKCS}, {"rsa4096", pkcs11.CKM_RSA_PKCS}} {
 		generate(b, tok, a.algorithm, a.algorithm)
-		by := func(t interface {
-			Sign(context.Context, []byte, []byte, crypto.SignerOpts) ([]byte, error)
-		}) func(context.Context) error {
+		by := func(t *worker.Token) func(context.Context) error {
 			return func(ctx context.Context) error {
-				_, err := t.Sign(ctx, []byte(a.algorithm), digest(1), crypto.SHA256)
+				_, err := t.Sign(ctx, "", 1, []byte(a.algorithm), digest(1), crypto.SHA256)
 				return err
 			}
+		}
+		inProcess := func(ctx context.Context) error {
+			_, err := pool.Sign(ctx, []byte(a.algorithm), digest(1), crypto.SHA256)
+			return err
 		}
 		b.Run(a.algorithm, func(b *testing.B) {
 			sums := map[string][]float64{}
@@ -200,7 +202,7 @@ func BenchmarkSign(b *testing.B) {
 				}
 				sums["deep-32"] = append(sums["deep-32"], rate(b, 32, by(deeper)))
 				for _, n := range []int{1, 8} {
-					sums[fmt.Sprintf("pool-%d", n)] = append(sums[fmt.Sprintf("pool-%d", n)], rate(b, n, by(pool)))
+					sums[fmt.Sprintf("pool-%d", n)] = append(sums[fmt.Sprintf("pool-%d", n)], rate(b, n, inProcess))
 				}
 			}
 			for name, v := range sums {

@@ -8,6 +8,8 @@ type Cause string
 const (
 	CauseCrashed  Cause = "crash"   // it died, or talked nonsense
 	CauseHung     Cause = "hang"    // the watchdog killed it
+	CauseStalled  Cause = "stall"   // it was late, and others were not
+	CauseLent     Cause = "lend"    // an act that writes needed its sessions
 	CauseRecycled Cause = "recycle" // it was old, or had answered enough
 	CauseToken    Cause = "token"   // its token did not work
 	CauseLogin    Cause = "login"   // its login was lost
@@ -16,7 +18,7 @@ const (
 )
 
 // Causes is every Cause.
-var Causes = []Cause{CauseCrashed, CauseHung, CauseRecycled, CauseToken, CauseLogin, CauseStart, CauseClosed}
+var Causes = []Cause{CauseCrashed, CauseHung, CauseStalled, CauseLent, CauseRecycled, CauseToken, CauseLogin, CauseStart, CauseClosed}
 
 // Observer is told how long requests to sign take, and of the end of workers.
 // Its methods return at once: the first is called with a lock held.
@@ -40,6 +42,9 @@ type Stats struct {
 	InFlight int // requests that they have
 	Waiting  int // requests that wait for one with room
 	Sessions int // the bound on signatures at the token at a time
+	// Silent is for how long no worker that has requests has answered one, and Pace
+	// what one of those takes, by estimate.
+	Silent, Pace time.Duration
 	// Err says why no request can be answered now, as Sign would: nil where one can.
 	Err error
 }
@@ -48,15 +53,17 @@ type Stats struct {
 func (t *Token) Stats() Stats {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := Stats{Sessions: t.info.Sessions, Err: t.unable()}
+	s := Stats{Sessions: t.info.Sessions, Waiting: t.waiting.waiting, Err: t.unable()}
 	for _, p := range t.live {
 		s.InFlight += len(p.inFlight)
+		if n := len(p.inFlight); n > 0 {
+			if silent := time.Since(p.progress); s.Silent == 0 || silent < s.Silent {
+				s.Silent, s.Pace = silent, p.load/time.Duration(n)
+			}
+		}
 		if !p.draining {
 			s.Workers++
 		}
-	}
-	for c := t.waiting.first; c != nil; c = c.next {
-		s.Waiting++
 	}
 	return s
 }

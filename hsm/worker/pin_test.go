@@ -109,7 +109,7 @@ func TestPINChangedAtRunTime(t *testing.T) {
 			sign := func() error {
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 				defer cancel()
-				sig, err := tok.Sign(ctx, []byte("k"), digest(1), crypto.SHA256)
+				sig, err := tok.Sign(ctx, "", 1, []byte("k"), digest(1), crypto.SHA256)
 				if err == nil {
 					err = check(pub, digest(1), sig, crypto.SHA256)
 				}

@@ -28,16 +28,18 @@ type process struct {
 	said   sync.WaitGroup // the goroutine that logs stderr
 	info   hsm.Info
 	born   time.Time
-	room   int           // requests that it takes at a time
 	retire chan struct{} // capacity 1: it is to be replaced
 	dead   chan struct{} // closed when it is gone and reaped
 
 	// Token.mu guards these.
-	inFlight []*call // in the order in which they were given
-	number   uint32  // of the last one
+	inFlight []*call       // in the order in which they were given
+	load     time.Duration // what those will take, by estimate
+	number   uint32        // of the last one
 	progress time.Time
 	answered int64
 	hung     bool          // killed for it
+	stalled  bool          // it is late with an answer
+	lent     chan struct{} // an administrative worker gets its sessions, until this is closed; nil: none
 	why      Cause         // of its end, where it is to end
 	draining bool          // it gets no more
 	drained  chan struct{} // closed when it is draining and has answered all
@@ -88,7 +90,6 @@ func (t *Token) spawn() (*process, error) {
 	}
 	p := &process{
 		t: t, conn: os.NewFile(uintptr(fds[0]), "pipe to worker"),
-		room:   t.c.Sessions * t.c.Depth,
 		retire: make(chan struct{}, 1), dead: make(chan struct{}), drained: make(chan struct{}),
 	}
 	p.write = p.writeOnce
@@ -156,6 +157,7 @@ func (p *process) give(c *call) {
 		c.given = time.Now()
 	}
 	p.inFlight = append(p.inFlight, c)
+	p.load += c.cost
 	kind := c.kind
 	if kind == kindSign && c.suspect {
 		kind = kindSuspect
@@ -170,7 +172,7 @@ func (p *process) disown(c *call) bool {
 	if i < 0 {
 		return false
 	}
-	p.inFlight[i] = &call{kind: c.kind, number: c.number} // done is nil
+	p.inFlight[i] = &call{kind: c.kind, number: c.number, cost: c.cost} // done is nil
 	return true
 }
 
@@ -261,7 +263,10 @@ func (p *process) serve() {
 func (t *Token) take(p *process, b []byte) (used int, err error) {
 	var last *call // of a list of those to tell, by prev
 	now := time.Now()
+	var worth time.Duration // of what is answered, by its prices
 	t.mu.Lock()
+	t.clock = now
+	busy := len(p.inFlight)
 	for {
 		f, n, ferr := parseFrame(b[used:])
 		if n == 0 || ferr != nil {
@@ -276,20 +281,23 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 		}
 		c := p.inFlight[i]
 		p.inFlight = slices.Delete(p.inFlight, i, i+1)
+		p.load -= c.cost
 		p.answered++
-		told, serr := t.settle(p, c, f)
-		if serr != nil {
-			err = serr
+		worth += c.cost
+		c, err = t.settle(p, c, f)
+		if err != nil {
 			break
 		}
-		if told && t.c.Observer != nil && c.kind == kindSign {
+		if c != nil && t.c.Observer != nil && c.kind == kindSign {
 			t.c.Observer.Answered(c.given.Sub(c.at), now.Sub(c.given))
 		}
-		if told {
+		if c != nil {
+			t.waiting.leave(c)
 			c.prev, last = last, c
 		}
 	}
-	p.progress = now
+	t.learned(p, last, worth, now, busy)
+	t.advance(p, now, used > 0)
 	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
 		p.replace(CauseRecycled)
 	}
@@ -303,36 +311,48 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 	}
 	for c := last; c != nil; {
 		before := c.prev
-		c.prev = nil
+		c.prev, c.flow, c.price = nil, nil, nil
 		c.done <- struct{}{} // whose caller may use c for something else then
 		c = before
 	}
 	return used, err
 }
 
-// settle puts an answer into its call. It returns false where there is nobody
-// to tell, or the call is done again. mu is held.
-func (t *Token) settle(p *process, c *call, f frame) (told bool, err error) {
+// settle puts an answer into its call, and returns that for its caller to be told;
+// nil where there is nobody to tell, or the call is done again. mu is held.
+func (t *Token) settle(p *process, c *call, f frame) (tell *call, err error) {
 	switch f.kind {
 	case kindDone:
+		if c.twin != nil {
+			c = t.reunite(c)
+		}
 		c.answer, c.err = bytes.Clone(f.body), nil
 	case kindFailed:
 		fail, err := parseFailure(f.body)
 		if err != nil {
 			t.again(p, c)
-			return false, err
+			return nil, err
 		}
 		c.answer, c.err = nil, fail
 		if e, ok := fail.cause.(*hsm.Error); ok && t.blame(p, c, e) {
-			return false, nil
+			return nil, nil
 		}
 	default:
 		t.again(p, c)
-		return false, fmt.Errorf("%w: an answer of kind %d", errFrame, f.kind)
+		return nil, fmt.Errorf("%w: an answer of kind %d", errFrame, f.kind)
+	}
+	if c.done == nil {
+		return nil, nil
 	}
 	c.shun = nil
-	return c.done != nil, nil
+	c.layGhosts()
+	return c, nil
 }
+
+// maxGone is how many more workers are asked where one says that the token, or each
+// session of it, does not work: a device that fails one call of a hundred fails two in a row of one request in
+// ten thousand.
+const maxGone = 2
 
 // blame does what the class of an error asks of the worker that gave it. It
 // returns true where the request is done again, by another one. mu is held.
@@ -355,8 +375,17 @@ func (t *Token) blame(p *process, c *call, e *hsm.Error) bool {
 		// by one try for all.
 		p.draining = true
 		p.replace(CauseLogin)
-	case hsm.ClassGone:
-		p.replace(CauseToken) // it takes a new process for most modules to see a token again
+	case hsm.ClassGone, hsm.ClassStuck, hsm.ClassSession:
+		// It takes a new process for most modules to see a token again. And where a new
+		// session did not help, one may.
+		p.replace(CauseToken)
+		if c.done == nil || t.closed || c.gone == maxGone {
+			return false
+		}
+		c.gone++
+		c.shun = p
+		t.waiting.pushFront(c)
+		return true
 	default:
 		return false
 	}
@@ -386,19 +415,29 @@ func (t *Token) lose(p *process, cause error) {
 	p.inFlight = nil
 	var failed []*call
 	for i, c := range slices.Backward(lost) { // so that the first is in front in the end
-		if c.done == nil {
-			continue
-		}
 		// The first was being worked on, and the others had only been sent; unless it was
 		// done and its answer held, which no answer is before one that is suspect.
-		if i < t.c.Sessions && (c.suspect || len(lost) == 1) {
+		culprit := i < t.c.Sessions && (c.suspect || len(lost) == 1)
+		ghost := c.done == nil
+		if ghost {
+			if c = c.twin; c == nil {
+				continue
+			}
+		}
+		if culprit {
 			c.tries++
 			c.shun = p
 		}
 		c.suspect = true
-		if c.tries > 1 || t.closed {
+		switch {
+		case c.tries > 1 || t.closed:
+			if ghost {
+				t.takeBack(c)
+			}
+			c.layGhosts()
+			t.waiting.leave(c)
 			failed = append(failed, c)
-		} else {
+		case !ghost:
 			t.waiting.pushFront(c)
 		}
 	}
@@ -439,6 +478,11 @@ func (t *Token) lose(p *process, cause error) {
 // held.
 func (p *process) replace(why Cause) {
 	p.why = why
+	p.notify()
+}
+
+// notify wakes the child's keeper.
+func (p *process) notify() {
 	select {
 	case p.retire <- struct{}{}:
 	default: // it knows

@@ -25,67 +25,42 @@ type call struct {
 	suspect bool // it was with a worker that died
 
 	tries int      // workers that failed while they worked on it
+	gone  int      // workers that said that the token does not work
 	outs  int      // workers whose login was lost when they worked on it
 	shun  *process // the one that failed last
 
+	flow   *flow
+	weight int
+	price  *price        // of its key
+	cost   time.Duration // that price, when it came
+
 	queued     bool
+	again      bool  // it waits to be done again
 	prev, next *call // in the queue
+
+	// A call that was moved from a worker that stalls left a ghost there, of which
+	// it is the twin: what the ghost is answered is the call's answer (stall.go).
+	ghosts []*call
+	twin   *call
 }
 
 var calls = sync.Pool{New: func() any { return &call{done: make(chan struct{}, 1)} }}
 
 func newCall(kind byte) *call {
 	c := calls.Get().(*call)
-	*c = call{kind: kind, body: c.body[:0], done: c.done}
+	*c = call{kind: kind, body: c.body[:0], done: c.done, ghosts: c.ghosts[:0]}
 	return c
 }
 
 // finish gives the caller its answer. Called once.
 func (c *call) finish(answer []byte, err error) {
-	c.answer, c.err, c.shun = answer, err, nil
+	c.answer, c.err, c.shun, c.flow, c.price = answer, err, nil, nil, nil
 	c.done <- struct{}{}
 }
 
-// queue holds calls that no worker has room for, first come first served.
-type queue struct{ first, last *call }
-
-func (q *queue) push(c *call) {
-	c.queued, c.prev, c.next = true, q.last, nil
-	if q.last == nil {
-		q.first = c
-	} else {
-		q.last.next = c
-	}
-	q.last = c
-}
-
-// pushFront is for a call that has waited already.
-func (q *queue) pushFront(c *call) {
-	c.queued, c.prev, c.next = true, nil, q.first
-	if q.first == nil {
-		q.last = c
-	} else {
-		q.first.prev = c
-	}
-	q.first = c
-}
-
-func (q *queue) remove(c *call) {
-	if c.prev == nil {
-		q.first = c.next
-	} else {
-		c.prev.next = c.next
-	}
-	if c.next == nil {
-		q.last = c.prev
-	} else {
-		c.next.prev = c.prev
-	}
-	c.queued, c.prev, c.next = false, nil, nil
-}
-
-// do has a call answered by a worker, and waits for it no longer than ctx.
-func (t *Token) do(ctx context.Context, op string, c *call) ([]byte, error) {
+// do has a call of a flow answered by a worker, and waits for it no longer than
+// ctx. key is what it is for.
+func (t *Token) do(ctx context.Context, op string, c *call, flow string, weight int, key []byte) ([]byte, error) {
 	if len(c.body) > maxBody {
 		return nil, tooLong(op, len(c.body))
 	}
@@ -100,14 +75,22 @@ func (t *Token) do(ctx context.Context, op string, c *call) ([]byte, error) {
 		t.mu.Unlock()
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
+	c.price = t.price(key)
+	c.cost = c.price.d
+	t.waiting.enter(c, flow, min(max(weight, 1), MaxWeight))
 	var p *process
-	if t.waiting.first == nil {
+	if t.waiting.waiting == 0 {
 		p = t.pick(nil)
 	}
-	if p == nil {
-		t.waiting.push(c)
-	} else {
+	if p != nil {
+		t.waiting.begin(c)
 		p.give(c)
+	} else if err := t.place(ctx, c); err != nil {
+		t.waiting.leave(c)
+		t.mu.Unlock()
+		return nil, fmt.Errorf("%s: %w", op, err)
+	} else {
+		t.waiting.push(c)
 	}
 	t.mu.Unlock()
 	if p != nil {
@@ -150,31 +133,42 @@ func (t *Token) serving() bool {
 func (t *Token) abandon(c *call) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if !t.takeBack(c) {
+		return false
+	}
+	t.waiting.leave(c)
+	return true
+}
+
+// takeBack has nobody answer c any more; false where it is answered. mu is held.
+func (t *Token) takeBack(c *call) bool {
 	if c.queued {
 		t.waiting.remove(c)
+		c.layGhosts()
 		return true
 	}
 	for _, p := range t.live {
 		if p.disown(c) {
+			c.layGhosts()
 			return true
 		}
 	}
 	return false
 }
 
-// pick returns the worker with the fewest requests in flight that has room, or
-// nil. It prefers one that answers, and is not shunned; mu is held.
+// pick returns the worker with the least to do that has room, or nil. It prefers one
+// that answers, and is not shunned; one that stalls gets nothing. mu is held.
 func (t *Token) pick(shun *process) *process {
 	var best, worse *process
 	for _, p := range t.live {
-		if len(p.inFlight) >= p.room || p.draining {
+		if p.draining || p.stalled || !t.roomy(p) {
 			continue
 		}
 		to := &best
 		if p == shun || len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout/4 {
 			to = &worse
 		}
-		if *to == nil || len(p.inFlight) < len((*to).inFlight) {
+		if *to == nil || p.load < (*to).load {
 			*to = p
 		}
 	}
@@ -187,12 +181,12 @@ func (t *Token) pick(shun *process) *process {
 // feed gives what waits to workers that have room; mu is held. Flush those
 // that it returns.
 func (t *Token) feed(fed []*process) []*process {
-	for c := t.waiting.first; c != nil; c = t.waiting.first {
+	for c := t.waiting.peek(); c != nil; c = t.waiting.peek() {
 		p := t.pick(c.shun)
 		if p == nil {
 			break
 		}
-		t.waiting.remove(c)
+		t.waiting.pop()
 		p.give(c)
 		if len(fed) == 0 || fed[len(fed)-1] != p {
 			fed = append(fed, p)
@@ -201,10 +195,30 @@ func (t *Token) feed(fed []*process) []*process {
 	return fed
 }
 
+// Evict ends what waits and what workers have with err: it is asked elsewhere.
+// Workers go on with what they have, and its answers are thrown away.
+func (t *Token) Evict(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.failWaiting(err)
+	for _, p := range t.live {
+		for _, c := range p.inFlight {
+			if c.done != nil {
+				p.disown(c)
+				t.waiting.leave(c)
+				c.layGhosts()
+				c.finish(nil, err)
+			}
+		}
+	}
+}
+
 // failWaiting ends everything that waits; mu is held.
 func (t *Token) failWaiting(err error) {
-	for c := t.waiting.first; c != nil; c = t.waiting.first {
+	for c := t.waiting.peek(); c != nil; c = t.waiting.peek() {
 		t.waiting.remove(c)
+		t.waiting.leave(c)
+		c.layGhosts()
 		c.finish(nil, err)
 	}
 }

@@ -50,8 +50,10 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = p.greet(ctx, mode)
+	bound := t.startBound()
+	err = p.greet(ctx, mode, bound)
 	if err == nil {
+		t.started(time.Since(p.born), false)
 		return p, nil
 	}
 	p.bury()
@@ -62,16 +64,17 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 	if cerr := ctx.Err(); cerr != nil && errors.Is(err, os.ErrDeadlineExceeded) {
 		err = cerr
 	} else if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.started(bound, true)
 		err = &hsm.Error{Op: "starting a worker", Class: hsm.ClassCrashed,
-			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, t.c.StartTimeout)}
+			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, bound)}
 	}
 	return nil, err
 }
 
 // greet tells the child what it is for, gives it the PIN when it would log in,
-// and waits until it is ready.
-func (p *process) greet(ctx context.Context, mode byte) error {
-	p.conn.SetDeadline(time.Now().Add(p.t.c.StartTimeout))
+// and waits until it is ready, no longer than bound.
+func (p *process) greet(ctx context.Context, mode byte, bound time.Duration) error {
+	p.conn.SetDeadline(time.Now().Add(bound))
 	now := func() { p.conn.SetDeadline(time.Unix(1, 0)) }
 	defer context.AfterFunc(ctx, now)()
 	defer context.AfterFunc(p.t.closing, now)()
@@ -157,6 +160,7 @@ func (t *Token) keep(p *process) {
 			if pause = 0; p.answered == 0 { // nobody else touches it any more
 				pause = minPause
 			}
+			t.awaitReturn(p)
 			p = nil
 		case <-p.retire:
 			p = t.succeed(p)
@@ -210,8 +214,19 @@ func (t *Token) raise(pause *time.Duration) *process {
 // succeed replaces a worker that is old or does not work: first there is the
 // new one, then the old one ends. Where no other starts the old one stays.
 func (t *Token) succeed(p *process) *process {
-	if !t.due(p) {
+	t.mu.Lock()
+	late := t.hurried(p)
+	needless := p.why == "" && !late // it stalled, and may have gone on since
+	if late && p.why == "" {
+		p.why = CauseStalled
+	}
+	t.mu.Unlock()
+	if needless {
+		return p
+	}
+	if !late && !t.due(p) {
 		t.end(p)
+		t.awaitReturn(p)
 		return nil
 	}
 	q, err := t.start(t.closing, modeSign)
@@ -221,28 +236,30 @@ func (t *Token) succeed(p *process) *process {
 		t.mu.Unlock()
 		if draining || t.closing.Err() != nil {
 			t.end(p)
+			t.awaitReturn(p)
 			return nil
 		}
 		p.log.Error("worker has no successor and stays", slog.Any("error", err))
 		if refused { // and no start will do better
 			return p
 		}
-		p.born = time.Now() // so that it is not tried again at once
 		t.mu.Lock()
+		p.born = time.Now() // so that it is not tried again at once
 		p.replace(p.why)
 		t.mu.Unlock()
 		return p
 	}
 	t.admit(q)
-	t.end(p)
+	t.running.Go(func() { t.end(p) }) // which may take CallTimeout, and q wants its keeper
 	return q
 }
 
 // due waits until p is old enough to be replaced. It returns false where p is
-// to end without a successor: it has died, or none would log in.
+// to end without a successor: it has died, none would log in, or its sessions
+// are lent.
 func (t *Token) due(p *process) bool {
 	t.mu.Lock()
-	refused, pause := t.refused != nil && p.draining, replacePause
+	refused, pause := t.refused != nil && p.draining || p.lent != nil, replacePause
 	if p.draining {
 		pause = min(pause, loginPause)
 	}
@@ -252,13 +269,23 @@ func (t *Token) due(p *process) bool {
 	}
 	timer := time.NewTimer(time.Until(p.born.Add(pause)))
 	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-p.dead:
-	case <-t.closing.Done():
+	for {
+		select {
+		case <-timer.C:
+			return true
+		case <-p.retire:
+			t.mu.Lock()
+			late, lent := t.hurried(p), p.lent != nil
+			t.mu.Unlock()
+			if late || lent {
+				return !lent
+			}
+			continue
+		case <-p.dead:
+		case <-t.closing.Done():
+		}
+		return false
 	}
-	return false
 }
 
 // end has a worker finish what it has, and end.
@@ -291,39 +318,5 @@ func (t *Token) sleep(d time.Duration) bool {
 		return t.closing.Err() == nil
 	case <-t.closing.Done():
 		return false
-	}
-}
-
-// watch is the watchdog, until stop is closed: a call into a module cannot be
-// cancelled, so the process goes.
-func (t *Token) watch(stop <-chan struct{}) {
-	every := t.c.CallTimeout / 8
-	if t.c.KeepAlive > 0 {
-		every = min(every, t.c.KeepAlive/4)
-	}
-	tick := time.NewTicker(max(every, time.Millisecond))
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-stop:
-			return
-		}
-		var pinged []*process
-		t.mu.Lock()
-		for _, p := range t.live {
-			if t.c.KeepAlive > 0 && len(p.inFlight) == 0 && !p.draining && time.Since(p.progress) > t.c.KeepAlive {
-				p.give(&call{kind: kindPing}) // that nobody waits for
-				pinged = append(pinged, p)
-			}
-			if len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout {
-				p.hung = true
-				p.kill()
-			}
-		}
-		t.mu.Unlock()
-		for _, p := range pinged {
-			p.flush()
-		}
 	}
 }

@@ -62,10 +62,17 @@ type Config struct {
 	Sessions int // sessions of each of them, used at the same time; 1
 	Depth    int // requests that a session has at the most, the one it works on included; DefaultDepth
 
+	// Queue bounds the requests that wait for a worker with room; DefaultQueue. One
+	// caller has half of it at the most, times its weight.
+	Queue int
+
 	// CallTimeout is how long a child may work on requests without answering
-	// one, before it is taken for hung and killed.
+	// one, before it is taken for hung and killed. What it has is asked of others
+	// earlier, when it is much later than the slowest answer of the last seconds.
 	CallTimeout time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
+	// One that takes much longer than those before is ended earlier, and the next
+	// has twice its time.
 	StartTimeout time.Duration
 	// KeepAlive is how long a child may be idle before it is made to use its token;
 	// 0: as the token's profile has it. Negative: for ever.
@@ -98,6 +105,9 @@ func (c *Config) defaults() {
 	c.Sessions = max(c.Sessions, 1)
 	if c.Depth <= 0 {
 		c.Depth = DefaultDepth
+	}
+	if c.Queue <= 0 {
+		c.Queue = DefaultQueue
 	}
 	if c.CallTimeout <= 0 {
 		c.CallTimeout = DefaultCallTimeout
@@ -138,12 +148,18 @@ type Token struct {
 	// system call.
 	mu      sync.Mutex
 	live    []*process // those that sign; in a fixed order, so that a lone caller finds a warm one
-	waiting queue
+	waiting *queue
+	clock   time.Time         // when a worker last answered
+	shared  time.Time         // when there were last requests of several callers
+	prices  map[string]*price // of keys, by their id
 	pin     hsm.PIN
 	refused error         // why the PIN is not tried: nothing starts before an operator has acted
 	mended  chan struct{} // closed when refused is no more
 	down    error         // why the last start failed; nil where one has succeeded since
 	closed  bool
+	slowest time.Duration // time between two answers, of the last while
+	lastly  time.Time     // when there was an answer
+	begins  startTimes
 }
 
 // Open starts a first worker and returns when it is logged in; the others
@@ -154,6 +170,7 @@ func Open(ctx context.Context, c Config) (*Token, error) {
 	t := &Token{
 		c: c, log: c.Logger, threads: newThread(), pin: c.PIN,
 		starting: make(chan struct{}, 1), admin: make(chan struct{}, 1),
+		waiting: newQueue(), prices: map[string]*price{},
 	}
 	t.closing, t.stop = context.WithCancel(context.WithoutCancel(ctx))
 	first, err := t.start(ctx, modeSign)
@@ -184,18 +201,24 @@ func Open(ctx context.Context, c Config) (*Token, error) {
 func (t *Token) Info() hsm.Info { return t.info }
 
 // Sign is [hsm.Pool.Sign], done by a worker. When ctx ends first, the error is
-// ctx's. There is no bound here on how many wait.
-func (t *Token) Sign(ctx context.Context, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+// ctx's.
+//
+// Where it has to wait, callers take turns: by whom the request is, and with a
+// weight of 1 to MaxWeight, in proportion to which each gets of the token's time. What finds
+// no place in the queue, or cannot be done before ctx's deadline as fast as the
+// token is now, is refused at once: by an error with the methods Busy, true, and
+// RetryAfter, a time.Duration.
+func (t *Token) Sign(ctx context.Context, by string, weight int, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	c := newCall(kindSign)
 	c.body = appendSign(c.body, id, digest, opts)
-	return t.do(ctx, "sign", c)
+	return t.do(ctx, "sign", c, by, weight, id)
 }
 
 // PublicKey is [hsm.Pool.PublicKey], done by a worker.
 func (t *Token) PublicKey(ctx context.Context, id []byte) (crypto.PublicKey, error) {
 	c := newCall(kindPublic)
 	c.body = append(c.body, id...)
-	b, err := t.do(ctx, "public key", c)
+	b, err := t.do(ctx, "public key", c, "", 1, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -204,7 +227,7 @@ func (t *Token) PublicKey(ctx context.Context, id []byte) (crypto.PublicKey, err
 
 // Ping is [hsm.Pool.Ping] of one of the workers.
 func (t *Token) Ping(ctx context.Context) error {
-	_, err := t.do(ctx, "ping", newCall(kindPing))
+	_, err := t.do(ctx, "ping", newCall(kindPing), "", 1, nil)
 	return err
 }
 
@@ -213,6 +236,7 @@ type Worker struct {
 	PID      int
 	Answered int64 // requests
 	InFlight int
+	Ending   bool // it gets no more
 }
 
 // Workers are the children that sign, at this moment.
@@ -221,7 +245,7 @@ func (t *Token) Workers() []Worker {
 	defer t.mu.Unlock()
 	ws := make([]Worker, len(t.live))
 	for i, p := range t.live {
-		ws[i] = Worker{p.pid(), p.answered, len(p.inFlight)}
+		ws[i] = Worker{p.pid(), p.answered, len(p.inFlight), p.draining}
 	}
 	return ws
 }

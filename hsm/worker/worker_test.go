@@ -51,7 +51,7 @@ func TestSign(t *testing.T) {
 					var wg sync.WaitGroup
 					for i := range int64(20) {
 						wg.Go(func() {
-							sig, err := tok.Sign(t.Context(), []byte(k.algorithm), digest(i), o)
+							sig, err := tok.Sign(t.Context(), "", 1, []byte(k.algorithm), digest(i), o)
 							if err == nil {
 								err = check(pub, digest(i), sig, o)
 							}
@@ -82,18 +82,24 @@ func TestErrors(t *testing.T) {
 		is     error
 		refuse bool
 	}{
-		{"raw RSA", func() error { _, err := tok.Sign(t.Context(), []byte("k"), digest(1), crypto.Hash(0)); return err }, "raw RSA", nil, true},
-		{"no options", func() error { _, err := tok.Sign(t.Context(), []byte("k"), digest(1), nil); return err }, "no signer options", nil, true},
+		{"raw RSA", func() error {
+			_, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.Hash(0))
+			return err
+		}, "raw RSA", nil, true},
+		{"no options", func() error { _, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), nil); return err }, "no signer options", nil, true},
 		{"Ed25519ctx", func() error {
-			_, err := tok.Sign(t.Context(), []byte("k"), digest(1), &ed25519.Options{Context: "x"})
+			_, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), &ed25519.Options{Context: "x"})
 			return err
 		}, "Ed25519ctx", nil, true},
-		{"no key", func() error { _, err := tok.Sign(t.Context(), []byte("x"), digest(1), crypto.SHA256); return err }, "78", hsm.ErrNotFound, false},
+		{"no key", func() error {
+			_, err := tok.Sign(t.Context(), "", 1, []byte("x"), digest(1), crypto.SHA256)
+			return err
+		}, "78", hsm.ErrNotFound, false},
 		{"exists", func() error { _, err := tok.Generate(t.Context(), "l", []byte("k"), "p256"); return err }, "6b", hsm.ErrExists, false},
 		{"algorithm", func() error { _, err := tok.Generate(t.Context(), "l", []byte("l"), "dsa"); return err }, `"dsa"`, nil, true},
 		{"nothing to delete", func() error { return tok.Delete(t.Context(), []byte("x")) }, "78", hsm.ErrNotFound, false},
 		{"too long", func() error {
-			_, err := tok.Sign(t.Context(), []byte("k"), make([]byte, 1<<20), crypto.SHA256)
+			_, err := tok.Sign(t.Context(), "", 1, []byte("k"), make([]byte, 1<<20), crypto.SHA256)
 			return err
 		}, "too long", nil, true},
 	} {
@@ -110,13 +116,13 @@ func TestErrors(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := tok.Sign(ctx, []byte("k"), digest(1), crypto.SHA256); !errors.Is(err, context.Canceled) {
+	if _, err := tok.Sign(ctx, "", 1, []byte("k"), digest(1), crypto.SHA256); !errors.Is(err, context.Canceled) {
 		t.Errorf("ended context: got %v", err)
 	}
 	if err := tok.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := tok.Sign(t.Context(), []byte("k"), digest(1), crypto.SHA256); !errors.Is(err, hsm.ErrClosed) {
+	if _, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.SHA256); !errors.Is(err, hsm.ErrClosed) {
 		t.Errorf("after Close: got %v", err)
 	}
 	if err := tok.Delete(t.Context(), []byte("k")); !errors.Is(err, hsm.ErrClosed) {
@@ -129,7 +135,7 @@ func TestErrors(t *testing.T) {
 func TestDelete(t *testing.T) {
 	tok := open(t, newToken(t))
 	first := generate(t, tok, "k", "p256")
-	sign := func() ([]byte, error) { return tok.Sign(t.Context(), []byte("k"), digest(1), crypto.SHA256) }
+	sign := func() ([]byte, error) { return tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.SHA256) }
 	for range 8 {
 		if _, err := sign(); err != nil {
 			t.Fatal(err)
@@ -163,7 +169,7 @@ func newLoad(t *testing.T, tok *worker.Token, pub crypto.PublicKey, n int) *load
 			for !l.stop.Load() {
 				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 				i := l.signed.Add(1)
-				sig, err := tok.Sign(ctx, []byte("k"), digest(i), crypto.SHA256)
+				sig, err := tok.Sign(ctx, "", 1, []byte("k"), digest(i), crypto.SHA256)
 				cancel()
 				if err == nil {
 					err = check(pub, digest(i), sig, crypto.SHA256)
@@ -376,7 +382,7 @@ func TestPINChanged(t *testing.T) {
 		t.Errorf("Generate: got %v, want CKR_PIN_INCORRECT", err)
 	}
 	kill() // the last one
-	_, err := tok.Sign(t.Context(), []byte("k"), digest(1), crypto.SHA256)
+	_, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.SHA256)
 	if e, ok := errors.AsType[*hsm.Error](err); !ok || !e.Operator() {
 		t.Errorf("without a worker: got %v, want an operator's error", err)
 	}
@@ -444,7 +450,7 @@ func TestDeadlyRequest(t *testing.T) {
 	if err := os.WriteFile(deadly, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_, err := tok.Sign(t.Context(), []byte("k"), digest(1), crypto.SHA256)
+	_, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.SHA256)
 	if e, ok := errors.AsType[*hsm.Error](err); !ok || e.Class != hsm.ClassCrashed {
 		t.Errorf("got %v, want class H", err)
 	}
@@ -454,7 +460,7 @@ func TestDeadlyRequest(t *testing.T) {
 	if err := os.Remove(deadly); err != nil {
 		t.Fatal(err)
 	}
-	sig, err := tok.Sign(t.Context(), []byte("k"), digest(2), crypto.SHA256)
+	sig, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(2), crypto.SHA256)
 	if err == nil {
 		err = check(pub, digest(2), sig, crypto.SHA256)
 	}
@@ -480,7 +486,7 @@ func TestDeadlyAmongOthers(t *testing.T) {
 			if i == 7 {
 				d = digest(1)
 			}
-			sig, err := tok.Sign(t.Context(), []byte("k"), d, crypto.SHA256)
+			sig, err := tok.Sign(t.Context(), "", 1, []byte("k"), d, crypto.SHA256)
 			if i == 7 {
 				if e, ok := errors.AsType[*hsm.Error](err); !ok || e.Class != hsm.ClassCrashed {
 					t.Errorf("the deadly one: %v, want class H", err)
@@ -548,10 +554,10 @@ func TestTokenGone(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := tok.Sign(t.Context(), []byte("k"), digest(1), crypto.SHA256); err == nil {
+		if _, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.SHA256); err == nil {
 			// A worker may have answered before the signal came.
 			until(t, "it is refused", func() bool {
-				_, err = tok.Sign(t.Context(), []byte("k"), digest(1), crypto.SHA256)
+				_, err = tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.SHA256)
 				return err != nil
 			})
 		}
@@ -559,7 +565,7 @@ func TestTokenGone(t *testing.T) {
 			t.Fatal(err)
 		}
 		until(t, "it signs again", func() bool {
-			sig, err := tok.Sign(t.Context(), []byte("k"), digest(1), crypto.SHA256)
+			sig, err := tok.Sign(t.Context(), "", 1, []byte("k"), digest(1), crypto.SHA256)
 			return err == nil && check(pub, digest(1), sig, crypto.SHA256) == nil
 		})
 		until(t, "there are two workers", func() bool { return len(tok.Workers()) == 2 })

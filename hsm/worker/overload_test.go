@@ -1,0 +1,140 @@
+package worker_test
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/signwarden/signwarden/hsm/worker"
+)
+
+// stopped opens a token with one worker that stands still until the returned
+// function is called, and has a key "k".
+func stopped(t *testing.T, c worker.Config) (*worker.Token, func()) {
+	t.Helper()
+	c.Workers, c.Depth, c.CallTimeout = 1, 1, time.Hour
+	tok := open(t, c)
+	generate(t, tok, "k", "p256")
+	pid := tok.Workers()[0].PID
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resume := sync.OnceFunc(func() {
+		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(resume)
+	return tok, resume
+}
+
+// Somebody who floods the token is served in turn with others, by weight.
+func TestFair(t *testing.T) {
+	tok, resume := stopped(t, newToken(t))
+	var mu sync.Mutex
+	var order []string
+	var wg sync.WaitGroup
+	ask := func(by string, weight, n int) {
+		before := tok.Stats()
+		for range n {
+			wg.Go(func() {
+				_, err := tok.Sign(t.Context(), by, weight, []byte("k"), digest(1), crypto.SHA256)
+				if err != nil {
+					t.Errorf("%s: %v", by, err)
+				}
+				mu.Lock()
+				order = append(order, by)
+				mu.Unlock()
+			})
+		}
+		until(t, "all wait", func() bool {
+			s := tok.Stats()
+			return s.Waiting+s.InFlight == before.Waiting+before.InFlight+n
+		})
+	}
+	ask("flood", 1, 100)
+	ask("lone", 1, 2)
+	ask("heavy", 10, 20)
+	resume()
+	wg.Wait()
+	// Of the first 40, by a wide margin: goroutines are told in no order.
+	first := order[:40]
+	count := func(by string) (n int) {
+		for _, o := range first {
+			if o == by {
+				n++
+			}
+		}
+		return n
+	}
+	if count("lone") != 2 || count("heavy") != 20 {
+		t.Errorf("of the first 40 answers %d were to lone and %d to heavy, want 2 and 20: %q", count("lone"), count("heavy"), first)
+	}
+	if i := slices.Index(order, "lone"); i > 15 {
+		t.Errorf("who asked once was answered as number %d", i+1)
+	}
+}
+
+type busy interface {
+	error
+	Busy() bool
+	RetryAfter() time.Duration
+}
+
+// What finds no place, or cannot be done in time, is refused at once and says when
+// to try again; it takes no place from others.
+func TestOverload(t *testing.T) {
+	c := newToken(t)
+	c.Queue = 30
+	tok, resume := stopped(t, c)
+	ctx, leave := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	sign := func(ctx context.Context, by string) error {
+		_, err := tok.Sign(ctx, by, 1, []byte("k"), digest(1), crypto.SHA256)
+		return err
+	}
+	fill := func(by string, want int) {
+		t.Helper()
+		refused := make(chan error, 40)
+		for range 40 {
+			wg.Go(func() { refused <- sign(ctx, by) })
+		}
+		n := 0
+		for ; n < 40-want; n++ { // those that are not refused stay
+			err := <-refused
+			b, ok := errors.AsType[busy](err)
+			if !ok || !b.Busy() || b.RetryAfter() < 10*time.Millisecond || b.RetryAfter() > time.Second {
+				t.Errorf("%s: got %v, want busy and when to try again", by, err)
+			}
+		}
+		if len(refused) > 0 {
+			t.Errorf("%s: more than %d are refused", by, n)
+		}
+	}
+	fill("a", 1+15) // one is with the worker
+	if got := tok.Stats().Waiting; got != 15 {
+		t.Errorf("%d wait, want half of the places", got)
+	}
+	fill("b", 8) // of what is free, half
+	if err := sign(context.Background(), "a"); err == nil {
+		t.Error("who has half of the places gets another")
+	}
+
+	if got := tok.Stats().Waiting; got != 23 {
+		t.Errorf("%d wait, want 23", got)
+	}
+	leave()
+	wg.Wait()
+	if got := tok.Stats().Waiting; got != 0 {
+		t.Errorf("%d wait, and all have left", got)
+	}
+	resume()
+	if err := sign(t.Context(), "a"); err != nil {
+		t.Error(err)
+	}
+}
