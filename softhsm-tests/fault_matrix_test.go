@@ -300,5 +300,5 @@ func (f *faultToken) signAs(t testing.TB, id []byte, within time.Duration) ([]by
 	ctx, cancel := context.WithTimeout(t.Context(), within)
 	defer cancel()
 	d := sha256.Sum256(id)
-	return f.tok.Sign(ctx, id, d[:], crypto.SHA256)
+	return f.tok.Sign(ctx, "", 1, id, d[:], crypto.SHA256)
 }

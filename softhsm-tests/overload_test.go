@@ -90,7 +90,7 @@ func (l *loader) p99() time.Duration {
 func overload(t *testing.T, g *gateway, key string) {
 	lone := &loader{c: g.client(t, "admin"), key: key}
 	flood := &loader{c: g.client(t, "flood"), key: key}
-	const d = 4 * time.Second
+	const d = 3 * time.Second
 	lone.run(t, 1, time.Second)
 	lone.took = nil
 	alone := lone.run(t, 1, d)
