@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -89,7 +90,7 @@ type gateway struct {
 	dir, address string
 	env          []string // for clients
 	cmd          *exec.Cmd
-	stderr       *bytes.Buffer
+	stderr       *stderrLog
 	done         chan struct{} // closed when cmd has ended
 }
 
@@ -131,10 +132,26 @@ func (g *gateway) serve(t testing.TB) {
 	g.must(t, "signwarden", "ping", "--wait", "30s")
 }
 
+// stderrLog is what a process has said so far.
+type stderrLog struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (o *stderrLog) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.Write(b)
+}
+func (o *stderrLog) String() string { o.mu.Lock(); defer o.mu.Unlock(); return o.b.String() }
+
+// log is what the gateway has said since its last start.
+func (g *gateway) log() string { return g.stderr.String() }
+
 // start starts the gateway; it ends with the test.
 func (g *gateway) start(t testing.TB) {
 	t.Helper()
-	g.stderr = &bytes.Buffer{}
+	g.stderr = &stderrLog{}
 	g.cmd = exec.Command(filepath.Join(bin, "signwardend"), "serve", "--dir", g.dir)
 	g.cmd.Stderr = g.stderr
 	if err := g.cmd.Start(); err != nil {

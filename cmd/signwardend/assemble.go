@@ -43,6 +43,16 @@ func (d *dirFlags) load() (config.Config, error) {
 	return c, err
 }
 
+// only is the configuration with t as its only token.
+func only(c config.Config, t config.NamedToken) config.Config {
+	if len(c.Tokens) > 0 && t.Token.PINRecord == "" {
+		// Of its own, where another one has this module and label.
+		t.Token.PINRecord = filepath.Join(filepath.Dir(c.Store.SQLite), pinrecord.Name(t.Token.Module+" "+t.Name, t.Token.Label))
+	}
+	c.Token, c.Tokens = t.Token, nil
+	return c
+}
+
 // pinRecord is the file that remembers whether the token has refused the PIN.
 func pinRecord(c config.Config) string {
 	if c.Token.PINRecord != "" {
@@ -85,7 +95,7 @@ func openToken(ctx context.Context, c config.Config, log *slog.Logger) (*hsm.Poo
 
 // startWorkers opens the token that the configuration names in processes of its
 // own: for what serves.
-func startWorkers(ctx context.Context, conf config.Config, m *metrics.Metrics, log *slog.Logger) (*worker.Token, error) {
+func startWorkers(ctx context.Context, conf config.Config, name string, m *metrics.Metrics, log *slog.Logger) (*worker.Token, error) {
 	c := conf.Token
 	pin, err := readPIN(c)
 	if err != nil {
@@ -99,10 +109,10 @@ func startWorkers(ctx context.Context, conf config.Config, m *metrics.Metrics, l
 		Workers: workers, Sessions: each, Queue: c.Queue,
 		KeepAlive: time.Duration(c.KeepAlive), CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
 		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
-		Observer: observeToken(m, c.Label),
+		Observer: observeToken(m, name),
 	})
 	if err == nil && m != nil {
-		m.TokenStats(c.Label, func() metrics.TokenStats {
+		m.TokenStats(name, func() metrics.TokenStats {
 			s := t.Stats()
 			return metrics.TokenStats{Workers: s.Workers, InFlight: s.InFlight, Waiting: s.Waiting, Sessions: s.Sessions, Up: s.Err == nil}
 		})
@@ -247,8 +257,7 @@ type token interface {
 func openTokens(ctx context.Context, conf config.Config, m *metrics.Metrics, log *slog.Logger) (_ token, pin func([]byte, crypto.PublicKey), err error) {
 	all := conf.AllTokens()
 	if len(all) == 1 {
-		conf.Token = all[0].Token
-		t, err := startWorkers(ctx, conf, m, log)
+		t, err := startWorkers(ctx, only(conf, all[0]), all[0].Name, m, log)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -256,15 +265,14 @@ func openTokens(ctx context.Context, conf config.Config, m *metrics.Metrics, log
 	}
 	c := fleet.Config{Logger: log}
 	for _, t := range all {
-		conf := conf
-		conf.Token = t.Token
+		conf := only(conf, t)
 		var refused hsm.PIN // Open and Mended are not called at the same time
 		record := pinrecord.New(pinRecord(conf), conf.Token.Module, conf.Token.Label)
 		c.Members = append(c.Members, fleet.Member{
 			Name: t.Name,
 			Open: func(ctx context.Context) (fleet.Token, error) {
 				refused, _ = readPIN(conf.Token)
-				w, err := startWorkers(ctx, conf, m, log.With("token", t.Name))
+				w, err := startWorkers(ctx, conf, t.Name, m, log.With("token", t.Name))
 				if err != nil {
 					return nil, err
 				}

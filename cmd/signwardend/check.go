@@ -72,8 +72,7 @@ func check(ctx context.Context, d *dirFlags, out io.Writer) error {
 	r.certificates(conf.TLS)
 	state, stored := r.store(ctx, conf.Store)
 	for _, t := range conf.AllTokens() {
-		conf.Token = t.Token
-		r.token(ctx, conf, len(conf.Tokens) > 1, state, stored)
+		r.token(ctx, only(conf, t), len(conf.Tokens) > 1, state, stored)
 	}
 	if r.bad > 0 {
 		return fmt.Errorf("%d of the checks failed", r.bad)

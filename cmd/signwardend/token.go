@@ -45,8 +45,7 @@ func retryPIN(d *dirFlags, out io.Writer) error {
 	}
 	none := true
 	for _, t := range conf.AllTokens() {
-		conf.Token = t.Token
-		said, err := pinrecord.Forget(pinRecord(conf))
+		said, err := pinrecord.Forget(pinRecord(only(conf, t)))
 		if err != nil {
 			return err
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -37,7 +38,7 @@ var ErrClosed = errors.New("audit log is closed")
 //
 // A group is what came while the commit before ran, and, where many entries are
 // announced ([Log.Expect]), what comes of them in the next moment: it is committed
-// when it has a quarter of all that are under way, or when its first entry has
+// when it has a quarter of all that are under way, or when one of its entries has
 // waited an eighth of the time that it took to come. So an entry that comes alone is
 // committed at once, by the goroutine that appends it, and one of hundreds pays for
 // little of a commit and waits little longer.
@@ -52,6 +53,7 @@ type Log struct {
 	committing bool       // somebody is in commit
 	closed     bool
 	linger     *time.Timer   // calls flush; running while waiting has a group that is not full
+	due        time.Time     // when that is, the earliest of the group's
 	idle       chan struct{} // closed when closed, and all is committed
 }
 
@@ -135,8 +137,11 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 	}
 	l.waiting = append(l.waiting, p)
 	group := l.next()
-	if group == nil && !l.committing && (len(l.waiting) == 1 || x == nil) {
-		l.linger.Reset(time.Until(p.due))
+	// The earliest counts: an entry that came fast does not wait for as long as one
+	// can that was slow to come.
+	if group == nil && !l.committing && (len(l.waiting) == 1 || p.due.Before(l.due)) {
+		l.due = p.due
+		l.linger.Reset(time.Until(l.due))
 	}
 	l.mu.Unlock()
 	if group != nil {
@@ -177,7 +182,8 @@ func (l *Log) done(group []*pending) {
 		return
 	}
 	if len(l.waiting) > 0 {
-		l.linger.Reset(time.Until(l.waiting[0].due))
+		l.due = slices.MinFunc(l.waiting, func(a, b *pending) int { return a.due.Compare(b.due) }).due
+		l.linger.Reset(time.Until(l.due))
 	}
 	if l.closed {
 		close(l.idle)

@@ -301,6 +301,8 @@ func (f *Fleet) watch() {
 			s := t.Stats()
 			if s.Err != nil {
 				m.failed(t, s.Err)
+			} else if s.Workers == 0 {
+				m.failed(t, &hsm.Error{Op: "sign", Class: hsm.ClassCrashed, Detail: "it has no worker"})
 			} else if s.Silent > silence+10*s.Pace {
 				m.failed(t, &hsm.Error{Op: "sign", Class: hsm.ClassCrashed, Detail: fmt.Sprintf("no worker has answered for %v", s.Silent.Round(time.Millisecond))})
 			}

@@ -15,7 +15,7 @@ import (
 // Pauses before a start, where the one before did not come to an answer.
 const (
 	minPause = 50 * time.Millisecond
-	maxPause = 5 * time.Second
+	maxPause = 2 * time.Second
 )
 
 // endTimeout is how long a child that is to end has for closing its sessions.
