@@ -1,0 +1,181 @@
+package gateway_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/signwarden/signwarden/gateway"
+	"github.com/signwarden/signwarden/gateway/audit"
+	"github.com/signwarden/signwarden/gateway/gatewaytest"
+	"github.com/signwarden/signwarden/gateway/ident"
+	"github.com/signwarden/signwarden/gateway/keys"
+	"github.com/signwarden/signwarden/gateway/sigerr"
+)
+
+// Those who flood leave places for who has none.
+func TestBoundsReserve(t *testing.T) {
+	f := gatewaytest.New(t, twoTeams, func(c *gateway.Config) { c.MaxInFlight = 16 })
+	f.Key(t, "a-1", keys.Ed25519)
+	f.Key(t, "b-1", keys.Ed25519)
+	alice, bob := gatewaytest.Principal(t, "alice"), gatewaytest.Principal(t, "bob")
+	entered, release := make(chan struct{}, 16), make(chan struct{})
+	f.Token.Before = func(context.Context, []byte) error {
+		entered <- struct{}{}
+		<-release
+		return nil
+	}
+	var wg sync.WaitGroup
+	sign := func(p ident.Principal, key string) {
+		wg.Go(func() {
+			if _, err := f.Sign(t.Context(), p, gatewaytest.Request(key, "text")); err != nil {
+				t.Errorf("within the bounds: %v", err)
+			}
+		})
+		<-entered
+	}
+	for range 14 {
+		sign(alice, "a-1")
+	}
+	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.Overloaded) {
+		t.Errorf("alice's fifteenth of sixteen: got %v, want Overloaded", err)
+	}
+	sign(bob, "b-1")
+	close(release)
+	wg.Wait()
+}
+
+func TestBounds(t *testing.T) {
+	f := gatewaytest.New(t, twoTeams, func(c *gateway.Config) { c.MaxInFlight, c.MaxPerPrincipal = 3, 2 })
+	f.Key(t, "a-1", keys.Ed25519)
+	f.Key(t, "b-1", keys.Ed25519)
+	alice, bob := gatewaytest.Principal(t, "alice"), gatewaytest.Principal(t, "bob")
+	entered, release := make(chan struct{}, 4), make(chan struct{})
+	f.Token.Before = func(context.Context, []byte) error {
+		entered <- struct{}{}
+		<-release
+		return nil
+	}
+	var wg sync.WaitGroup
+	sign := func(p ident.Principal, key string) {
+		wg.Go(func() {
+			if _, err := f.Sign(t.Context(), p, gatewaytest.Request(key, "text")); err != nil {
+				t.Errorf("within the bounds: %v", err)
+			}
+		})
+		<-entered
+	}
+	sign(alice, "a-1")
+	sign(alice, "a-1")
+	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.Overloaded) {
+		t.Errorf("alice's third: got %v, want Overloaded", err)
+	}
+	sign(bob, "b-1")
+	if _, err := f.Sign(t.Context(), bob, gatewaytest.Request("b-1", "text")); !errors.Is(err, sigerr.Overloaded) {
+		t.Errorf("the fourth of all: got %v, want Overloaded", err)
+	}
+	close(release)
+	wg.Wait()
+	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); err != nil {
+		t.Errorf("after the others have ended: %v", err)
+	}
+}
+
+func TestRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := gatewaytest.New(t, gatewaytest.Policy+`
+  - {name: slow, principals: [alice], keys: [k], may: [sign], formats: [openpgp], blind: true, rate: 2/m}
+`)
+		f.Key(t, "k", keys.Ed25519)
+		alice := gatewaytest.Principal(t, "alice")
+		sign := func() error {
+			_, err := f.Sign(t.Context(), alice, gatewaytest.Request("k", "text"))
+			return err
+		}
+		for range 2 {
+			if err := sign(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := sign()
+		r, ok := errors.AsType[interface {
+			error
+			RetryAfter() time.Duration
+		}](err)
+		if !errors.Is(err, sigerr.Overloaded) || !ok || r.RetryAfter() != 30*time.Second || !strings.Contains(err.Error(), "2/m") {
+			t.Errorf("the third within a minute: got %v, want Overloaded for 30 s by the rate 2/m", err)
+		}
+		if e := f.Store.Last(t); e.Outcome != audit.Denied || e.Rule != "slow" {
+			t.Errorf("audit entry %+v, want denied by rule slow", e)
+		}
+		// Another administrative act does not refill the bucket.
+		f.Key(t, "other", keys.Ed25519)
+		if err := sign(); !errors.Is(err, sigerr.Overloaded) {
+			t.Errorf("after another key was created: got %v, want Overloaded", err)
+		}
+		time.Sleep(30 * time.Second)
+		if err := sign(); err != nil {
+			t.Errorf("half a minute later: %v", err)
+		}
+		f.Close()
+	})
+}
+
+func TestSignTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := gatewaytest.New(t, "", func(c *gateway.Config) { c.SignTimeout = time.Second })
+		f.Key(t, "k", keys.Ed25519)
+		f.Token.Before = func(ctx context.Context, _ []byte) error { <-ctx.Done(); return ctx.Err() }
+		for _, id := range []string{"", "with-id"} {
+			r := gatewaytest.Request("k", "text")
+			r.ID = id
+			if _, err := f.Sign(t.Context(), f.Root, r); !errors.Is(err, sigerr.Timeout) {
+				t.Errorf("id %q: got %v, want Timeout", id, err)
+			}
+		}
+		f.Close()
+	})
+}
+
+// One who may do nothing cannot fill the log, and others do not notice.
+func TestDenialsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := gatewaytest.New(t, twoTeams)
+		f.Key(t, "a-1", keys.Ed25519)
+		mallory := gatewaytest.Principal(t, "mallory")
+		before, told := len(f.Store.Entries(t)), 0
+		for range 5000 {
+			r := gatewaytest.Request("a-1", "text")
+			r.Claim.Note = strings.Repeat("\x01", 4096)
+			_, err := f.Sign(t.Context(), mallory, r)
+			switch {
+			case errors.Is(err, sigerr.Overloaded):
+				told++
+			case !errors.Is(err, sigerr.NotFound):
+				t.Fatal(err)
+			}
+		}
+		rows := len(f.Store.Entries(t)) - before
+		if rows < 1000 || rows > 1100 || rows+told != 5000 {
+			t.Errorf("5000 denials left %d rows, and %d were told of overload", rows, told)
+		}
+		if n := len(f.Store.Last(t).Canonical()); n > 8<<10 {
+			t.Errorf("an entry has %d bytes", n)
+		}
+		if _, err := f.Sign(t.Context(), gatewaytest.Principal(t, "alice"), gatewaytest.Request("a-1", "text")); err != nil {
+			t.Errorf("alice: %v", err)
+		}
+		time.Sleep(time.Minute)
+		if _, err := f.Sign(t.Context(), mallory, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.NotFound) {
+			t.Errorf("a minute later: got %v, want NotFound", err)
+		}
+		if e := f.Store.Last(t); !strings.Contains(e.Detail, "denials before this one were not recorded") {
+			t.Errorf("audit entry %+v does not tell of the others", e)
+		}
+		f.Close()
+	})
+}
