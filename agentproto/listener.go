@@ -171,8 +171,8 @@ func (l *Listener) Serve(ctx context.Context, handle func(ctx context.Context, c
 	select {
 	case <-done:
 	case <-grace.C:
+		l.cut() // first, so that a handler that ends for cut answers nothing
 		cut()
-		l.cut()
 		<-done
 	}
 	if ctx.Err() != nil {
