@@ -191,6 +191,28 @@ func TestTokenDies(t *testing.T) {
 	}
 }
 
+// Tokens that are slow are no tokens that hang, from the first signature on: each signs,
+// and neither is taken for broken.
+func TestTokensAreSlow(t *testing.T) {
+	g, modules := twoTokens(t)
+	for _, m := range modules {
+		m.Set(t, "C_Sign delay=200")
+	}
+	g.serve(t)
+	f := startFlow(t, g.client(t, "admin"), 4)
+	f.wait(t, 40)
+	f.stop.Store(true)
+	f.wg.Wait()
+	for i, m := range modules {
+		if n := m.Calls("C_Sign"); n == 0 {
+			t.Errorf("token %d got no request", i)
+		}
+	}
+	if log := g.log(); strings.Contains(log, "gets no requests") {
+		t.Errorf("a slow token was taken for broken:\n%s", log)
+	}
+}
+
 // A token that is not there when the gateway starts keeps it from nothing, and is
 // used when it is there. One with another key under the id is not, and the log says so.
 func TestTokenComesLate(t *testing.T) {

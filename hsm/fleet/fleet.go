@@ -11,8 +11,8 @@
 //     key, since it was last opened or readmitted. One that shows another is
 //     refused for that key, and says so in the log and in Status.
 //  2. A token that fails gets no more requests, but for a probe, until it
-//     answers again. What it had is asked of another, once each, within the
-//     caller's deadline.
+//     answers again. What it had is asked of another within the caller's
+//     deadline; of each token once, and once more where one works again by then.
 //  3. Where no token works, each is still asked: a fleet refuses nothing that
 //     one of its tokens might do.
 //  4. A PIN that a token has refused is not tried again before an operator has
@@ -41,8 +41,9 @@ type Token interface {
 	Generate(ctx context.Context, label string, id []byte, algorithm string) (crypto.PublicKey, error)
 	Delete(ctx context.Context, id []byte) error
 	Ping(ctx context.Context) error
-	// Evict fails what waits and what is being worked on with err.
-	Evict(err error)
+	// Evict fails what waits and what is being worked on with err, where movable says
+	// that another token has the key.
+	Evict(err error, movable func(id []byte) bool)
 	Stats() worker.Stats
 	ReadPIN() error
 	Close() error
@@ -187,8 +188,13 @@ func (f *Fleet) Sign(ctx context.Context, by string, weight int, id, digest []by
 	}
 	var tried uint64
 	var first error
+	again := false
 	for {
-		m, t := f.pick(id, tried)
+		m, t := f.pick(id, tried, again)
+		if m == nil && !again && first != nil && broken(first) && !errors.Is(first, worker.ErrCrashed) {
+			again, tried = true, 0
+			continue
+		}
 		if m == nil {
 			if first == nil {
 				first = f.nowhere(id)
@@ -237,13 +243,13 @@ func elsewhere(err error) bool {
 }
 
 // pick returns the member to ask next for a key: of those not tried, that works
-// and has the least to do; where none works, one that might.
-func (f *Fleet) pick(id []byte, tried uint64) (*member, Token) {
+// and has the least to do; where none works, one that might, unless it must.
+func (f *Fleet) pick(id []byte, tried uint64, must bool) (*member, Token) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var best *member
 	for i, m := range f.members {
-		if tried&(1<<i) != 0 || m.token == nil || m.keys[string(id)] == absent || m.keys[string(id)] == other {
+		if tried&(1<<i) != 0 || m.token == nil || m.keys[string(id)] == absent || m.keys[string(id)] == other || must && !m.breaker.works() {
 			continue
 		}
 		if best == nil || m.breaker.works() && !best.breaker.works() ||

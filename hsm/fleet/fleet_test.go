@@ -100,9 +100,12 @@ func (k *fake) Delete(_ context.Context, id []byte) error {
 func (k *fake) Ping(context.Context) error { return k.call() }
 func (k *fake) ReadPIN() error             { return nil }
 func (k *fake) Close() error               { return nil }
-func (k *fake) Evict(err error) {
+func (k *fake) Evict(err error, movable func([]byte) bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if !movable([]byte("k")) {
+		return
+	}
 	for range k.busy {
 		k.evict <- err
 	}

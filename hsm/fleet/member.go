@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/signwarden/signwarden/hsm"
+	"github.com/signwarden/signwarden/hsm/worker"
 )
 
 // location is what is known of a key in a token.
@@ -36,6 +37,7 @@ type member struct {
 	keys     map[string]location
 	inFlight int
 	took     time.Duration // what a request takes it: of those at a time, a moving average
+	crashes  int           // requests that crashed its workers, since one that did not
 }
 
 // busy says how long a further request would take; Fleet.mu is held.
@@ -70,6 +72,9 @@ func (m *member) sign(ctx context.Context, t Token, by string, weight int, id, d
 	m.inFlight--
 	if errors.Is(err, hsm.ErrNotFound) && at == here {
 		delete(m.keys, string(id)) // it had it
+	}
+	if err == nil {
+		m.crashes = 0
 	}
 	if err == nil && at == here {
 		m.took += (took - m.took) / 16
@@ -107,6 +112,11 @@ func (m *member) check(ctx context.Context, t Token, id []byte) error {
 	return err
 }
 
+// maxCrashes is how many requests in turn may crash a token's workers before it is
+// the token that does not work. One is the request's own fault: nobody is to bring a
+// token down for all by what he asks of it.
+const maxCrashes = 3
+
 // failed opens the breaker where an error says that the token does not work, and
 // has what else it was asked go elsewhere.
 func (m *member) failed(t Token, err error) error {
@@ -116,15 +126,38 @@ func (m *member) failed(t Token, err error) error {
 		return err
 	}
 	m.f.mu.Lock()
+	if errors.Is(err, worker.ErrCrashed) {
+		if m.crashes++; m.crashes < maxCrashes {
+			m.f.mu.Unlock()
+			return err
+		}
+	}
 	first := m.breaker.open()
 	m.err = err
+	elsewhere := m.f.others(m)
 	m.f.mu.Unlock()
 	if first {
 		m.log.Error("the token does not work and gets no requests", slog.Any("error", err))
-		t.Evict(cause)
+		t.Evict(cause, func(id []byte) bool { return elsewhere[string(id)] })
 		m.poke()
 	}
 	return err
+}
+
+// others are the pinned keys that another member which works may have; mu is held.
+func (f *Fleet) others(m *member) map[string]bool {
+	ids := map[string]bool{}
+	for _, o := range f.members {
+		if o == m || !o.breaker.works() {
+			continue
+		}
+		for id := range f.pins {
+			if l := o.keys[id]; l == here || l == unknown {
+				ids[id] = true
+			}
+		}
+	}
+	return ids
 }
 
 // broken says whether an error is of the token, and not of the request or of a

@@ -121,6 +121,19 @@ func (q *queue) push(c *call) {
 	}
 }
 
+// appendAll appends every call that waits.
+func (q *queue) appendAll(to []*call) []*call {
+	for c := q.again.next; c != &q.again; c = c.next {
+		to = append(to, c)
+	}
+	for _, f := range q.ready {
+		for c := f.first; c != nil; c = c.next {
+			to = append(to, c)
+		}
+	}
+	return to
+}
+
 // pushFront is for a call that had its turn, and is to be done again.
 func (q *queue) pushFront(c *call) {
 	c.queued, c.again = true, true

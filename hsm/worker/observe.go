@@ -43,7 +43,8 @@ type Stats struct {
 	Waiting  int // requests that wait for one with room
 	Sessions int // the bound on signatures at the token at a time
 	// Silent is for how long no worker that has requests has answered one, and Pace
-	// what one of those takes, by estimate.
+	// what one of those takes, by estimate; of a token that has not signed yet, a
+	// generous one.
 	Silent, Pace time.Duration
 	// Err says why no request can be answered now, as Sign would: nil where one can.
 	Err error
@@ -58,7 +59,7 @@ func (t *Token) Stats() Stats {
 		s.InFlight += len(p.inFlight)
 		if n := len(p.inFlight); n > 0 {
 			if silent := time.Since(p.progress); s.Silent == 0 || silent < s.Silent {
-				s.Silent, s.Pace = silent, p.load/time.Duration(n)
+				s.Silent, s.Pace = silent, t.pace(p)
 			}
 		}
 		if !p.draining {

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -40,12 +41,21 @@ func (t *Token) roomy(p *process) bool {
 }
 
 // A price is what requests for one key have taken lately, of one session.
-type price struct{ d time.Duration }
+type price struct {
+	id string // of the key
+	d  time.Duration
+	n  int // answers that it has learned from, up to young
+}
 
 const (
-	firstPrice = time.Millisecond // before one was answered
+	firstPrice = time.Millisecond // before any signature
 	minPrice   = time.Microsecond
 	maxPrices  = 8192 // keys
+	// young is the number of answers of which a price is the mean.
+	young = 4
+	// guessed is what a first signature takes at the most, as a part of CallTimeout,
+	// so that a token of which nothing is known is not taken for silent.
+	guessed = 16
 )
 
 // price is that of a key; "" is of what is for none. mu is held.
@@ -55,29 +65,40 @@ func (t *Token) price(key []byte) *price {
 		if len(t.prices) >= maxPrices {
 			clear(t.prices) // learned anew within a few requests
 		}
-		p = &price{firstPrice}
-		t.prices[string(key)] = p
+		p = &price{id: string(key), d: cmp.Or(t.usual.d, firstPrice)}
+		t.prices[p.id] = p
 	}
 	return p
 }
 
 // learn takes note that a request took d. One that took long because something
-// stood still says little of the next.
+// stood still says little of the next, unless nothing else is known.
 func (p *price) learn(d time.Duration) {
+	if p.n < young {
+		p.n++
+		p.d = max(p.d+(d-p.d)/time.Duration(p.n), minPrice)
+		return
+	}
 	p.d = max(p.d+(min(d, 4*p.d)-p.d)/8, minPrice)
 }
 
-// learned is told that a worker has answered calls, which by their prices are worth
-// took, in the time since it last answered, or had nothing to do. mu is held.
-func (t *Token) learned(p *process, answered *call, worth time.Duration, now time.Time, busy int) {
+// A lesson is a signature that was made, whether anybody waited for it or not.
+type lesson struct {
+	price *price
+	cost  time.Duration
+}
+
+// learned is told that a worker has answered requests, which by their prices are worth
+// so much, in the time since it last answered, or had nothing to do. mu is held.
+func (t *Token) learned(p *process, lessons []lesson, worth time.Duration, now time.Time, busy int) {
 	if worth <= 0 {
 		return
 	}
 	took := float64(now.Sub(p.progress)) * float64(min(busy, t.c.Sessions)) / float64(worth)
-	for c := answered; c != nil; c = c.prev {
-		if c.err == nil && c.price != nil {
-			c.price.learn(time.Duration(float64(c.cost) * took))
-		}
+	for _, l := range lessons {
+		d := time.Duration(float64(l.cost) * took)
+		l.price.learn(d)
+		t.usual.learn(d)
 	}
 }
 
@@ -128,6 +149,20 @@ func (t *Token) turn(c *call) time.Duration {
 	}
 	ahead += min(q.work, f.work*time.Duration(weights)/time.Duration(c.weight))
 	return ahead/time.Duration(sessions) + c.cost
+}
+
+// pace is what the slowest request takes that a worker has, by estimate; mu is held.
+func (t *Token) pace(p *process) time.Duration {
+	slowest := time.Duration(0)
+	if t.usual.n == 0 {
+		slowest = t.c.CallTimeout / guessed
+	}
+	for _, c := range p.inFlight {
+		if c.price != nil {
+			slowest = max(slowest, c.price.d)
+		}
+	}
+	return slowest
 }
 
 // Bounds of what a refused caller is told to wait.

@@ -172,7 +172,7 @@ func (p *process) disown(c *call) bool {
 	if i < 0 {
 		return false
 	}
-	p.inFlight[i] = &call{kind: c.kind, number: c.number, cost: c.cost} // done is nil
+	p.inFlight[i] = &call{kind: c.kind, number: c.number, cost: c.cost, price: c.price} // done is nil
 	return true
 }
 
@@ -264,6 +264,8 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 	var last *call // of a list of those to tell, by prev
 	now := time.Now()
 	var worth time.Duration // of what is answered, by its prices
+	var some [16]lesson
+	lessons := some[:0]
 	t.mu.Lock()
 	t.clock = now
 	busy := len(p.inFlight)
@@ -284,6 +286,9 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 		p.load -= c.cost
 		p.answered++
 		worth += c.cost
+		if f.kind == kindDone && c.price != nil && c.kind == kindSign {
+			lessons = append(lessons, lesson{c.price, c.cost})
+		}
 		c, err = t.settle(p, c, f)
 		if err != nil {
 			break
@@ -296,7 +301,7 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 			c.prev, last = last, c
 		}
 	}
-	t.learned(p, last, worth, now, busy)
+	t.learned(p, lessons, worth, now, busy)
 	t.advance(p, now, used > 0)
 	if n := t.c.RecycleOps; n > 0 && p.answered >= n && !p.draining {
 		p.replace(CauseRecycled)
@@ -455,7 +460,7 @@ func (t *Token) lose(p *process, cause error) {
 	}
 	for _, c := range failed {
 		if c.tries > 1 {
-			c.finish(nil, crashed())
+			c.finish(nil, ErrCrashed)
 		} else {
 			c.finish(nil, hsm.ErrClosed)
 		}

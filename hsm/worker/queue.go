@@ -195,20 +195,25 @@ func (t *Token) feed(fed []*process) []*process {
 	return fed
 }
 
-// Evict ends what waits and what workers have with err: it is asked elsewhere.
-// Workers go on with what they have, and its answers are thrown away.
-func (t *Token) Evict(err error) {
+// Evict ends with err what waits and what workers have, of signatures those with keys
+// that movable says are elsewhere too: they are asked for there. Workers go on with what they have, and its answers
+// are thrown away.
+func (t *Token) Evict(err error, movable func(id []byte) bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.failWaiting(err)
+	var all []*call
 	for _, p := range t.live {
 		for _, c := range p.inFlight {
 			if c.done != nil {
-				p.disown(c)
-				t.waiting.leave(c)
-				c.layGhosts()
-				c.finish(nil, err)
+				all = append(all, c)
 			}
+		}
+	}
+	all = t.waiting.appendAll(all)
+	for _, c := range all {
+		if (c.kind != kindSign || movable([]byte(c.price.id))) && t.takeBack(c) {
+			t.waiting.leave(c)
+			c.finish(nil, err)
 		}
 	}
 }

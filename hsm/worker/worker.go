@@ -152,6 +152,7 @@ type Token struct {
 	clock   time.Time         // when a worker last answered
 	shared  time.Time         // when there were last requests of several callers
 	prices  map[string]*price // of keys, by their id
+	usual   price             // of signatures
 	pin     hsm.PIN
 	refused error         // why the PIN is not tried: nothing starts before an operator has acted
 	mended  chan struct{} // closed when refused is no more
@@ -270,11 +271,10 @@ func (t *Token) Close() error {
 	return nil
 }
 
-// crashed is the error of a request whose workers crashed.
-func crashed() error {
-	return &hsm.Error{Op: "worker", Class: hsm.ClassCrashed,
-		Detail: "two workers in turn crashed or hung at this request; the log has what they said"}
-}
+// ErrCrashed is the error of a request over which two workers in turn have crashed or
+// hung. It says more of the request than of the token.
+var ErrCrashed error = &hsm.Error{Op: "worker", Class: hsm.ClassCrashed,
+	Detail: "two workers in turn crashed or hung at this request; the log has what they said"}
 
 var errTooLong = errors.New("request is too long for a worker")
 
