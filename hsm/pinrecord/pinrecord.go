@@ -51,6 +51,10 @@ func Name(module, label string) string {
 	return fmt.Sprintf("pin-record-%x.json", sum[:6])
 }
 
+// maxCutOff is how many tries without an end may be followed by another one of the same PIN,
+// of a token that does not tell of wrong ones.
+const maxCutOff = 1
+
 // What is known of a try.
 const (
 	stateTrying  = "trying"  // it was about to be made, and has had no end
@@ -79,7 +83,7 @@ type Record struct {
 	salt     []byte
 	hash     []byte
 	accepted hsm.PIN // what this process has seen accepted
-	cutOff   bool    // the last try of accepted had no end
+	cutOff   int     // how many of the last tries of accepted had no end
 	unsaved  error   // a refusal of pin that could not be written
 }
 
@@ -154,8 +158,11 @@ func (r *Record) Try(i hsm.Info, pin hsm.PIN) (done func(error), err error) {
 		return nil, r.unsaved
 	}
 	next := entry{Module: r.module, Label: r.label, Serial: i.TokenSerial, State: stateTrying, At: time.Now().UTC().Truncate(time.Second)}
-	if known && r.cutOff && i.WrongPIN {
+	switch {
+	case known && r.cutOff > 0 && i.WrongPIN:
 		return nil, r.refuse(f, next, pin, "a try was cut off, and the token says that a wrong PIN was entered since")
+	case known && r.cutOff > maxCutOff && !i.CountsPINs:
+		return nil, r.refuse(f, next, pin, fmt.Sprintf("%d tries in turn were cut off, and the token does not tell of wrong ones", r.cutOff))
 	}
 	if !known { // one that is right is in no file, not for a moment, but for the first time
 		if err := r.derive(pin); err != nil {
@@ -177,7 +184,7 @@ func (r *Record) end(f *os.File, e entry, pin hsm.PIN, err error) {
 	refused, ok := errors.AsType[*hsm.Error](err)
 	switch {
 	case err == nil:
-		r.accepted, r.cutOff, r.unsaved = pin, false, nil
+		r.accepted, r.cutOff, r.unsaved = pin, 0, nil
 		_ = write(f, nil) // at worst it says that a try had no end, and the next one clears it
 	case ok && refused.Class == hsm.ClassOperator:
 		_ = r.refuse(f, e, pin, refused.Op+": "+refused.Name())
@@ -186,14 +193,16 @@ func (r *Record) end(f *os.File, e entry, pin hsm.PIN, err error) {
 			_ = write(f, nil) // the token has answered, and not of the PIN
 		}
 	default:
-		r.cutOff = same(r.accepted, pin)
+		if same(r.accepted, pin) {
+			r.cutOff++
+		}
 	}
 }
 
 // refuse notes that pin was refused, in memory where it cannot be written, and
 // returns what it is met with.
 func (r *Record) refuse(f *os.File, e entry, pin hsm.PIN, why string) error {
-	r.accepted, r.cutOff = hsm.PIN{}, false
+	r.accepted, r.cutOff = hsm.PIN{}, 0
 	e.State, e.Error = stateRefused, why
 	err := r.derive(pin)
 	if err == nil {

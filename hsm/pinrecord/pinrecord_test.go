@@ -49,6 +49,9 @@ func TestTry(t *testing.T) {
 		{name: "killed, restarted, the token tells of wrong ones", before: []any{killed}, fresh: true, pin: "1", i: info{CountsPINs: true}, tried: true},
 		{name: "killed, restarted, the token tells of a wrong one", before: []any{killed}, fresh: true, pin: "1", i: info{CountsPINs: true, WrongPIN: true}},
 		{name: "accepted, then cut off", before: []any{nil, worker.ErrInterrupted}, pin: "1", tried: true},
+		{name: "accepted, then cut off twice", before: []any{nil, worker.ErrInterrupted, worker.ErrInterrupted}, pin: "1"},
+		{name: "accepted, then cut off twice, the token tells of wrong ones", before: []any{nil, worker.ErrInterrupted, worker.ErrInterrupted}, pin: "1", i: info{CountsPINs: true}, tried: true},
+		{name: "accepted, then cut off twice, another PIN", before: []any{nil, worker.ErrInterrupted, worker.ErrInterrupted}, pin: "2", tried: true},
 		{name: "accepted, then cut off, and a wrong one", before: []any{nil, worker.ErrInterrupted}, pin: "1", i: info{WrongPIN: true}},
 		{name: "accepted, then killed, restarted", before: []any{nil, killed}, fresh: true, pin: "1", tried: true},
 	} {

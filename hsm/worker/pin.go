@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -15,8 +16,9 @@ type Tries interface {
 	// Try is called before a child tries pin on the token of which i tells. An
 	// error of class G says that pin is not to be tried before an operator has
 	// acted; any other, that it cannot be now. Otherwise done is called once: with
-	// nil where the token took the PIN, with its error where it did not, and with
-	// [ErrInterrupted] where nobody knows.
+	// nil where the token took the PIN, with its error where it did not, with
+	// [ErrInterrupted] where nobody knows, and with an [hsm.Error] of another class
+	// than G and H where it was not tried.
 	Try(i hsm.Info, pin hsm.PIN) (done func(error), err error)
 	// Refuses returns the error of class G with which Try would meet pin on the
 	// token it was last called for, or nil. It is called often.
@@ -32,7 +34,7 @@ const operatorPoll = time.Second
 
 // login answers a child that would log in, and returns what it says then.
 // Where its PIN is not to be tried, or is refused, nothing starts any more.
-func (p *process) login(f frame) (frame, error) {
+func (p *process) login(ctx context.Context, f frame, bound time.Duration) (frame, error) {
 	t := p.t
 	i, err := parseInfo(f.body)
 	if err != nil {
@@ -48,7 +50,19 @@ func (p *process) login(f frame) (frame, error) {
 			return frame{}, err
 		}
 	}
-	f, err = p.exchange(kindPIN, []byte(pin.Reveal()))
+	if !i.CountsPINs {
+		// A login that is cut off may have been a wrong try, and nobody would know.
+		bound = t.c.StartTimeout
+	}
+	p.conn.SetDeadline(time.Now().Add(bound)) // Try may have taken long
+	if ctx.Err() != nil || t.closing.Err() != nil {
+		p.conn.SetDeadline(time.Unix(1, 0)) // which was what we have just undone
+	}
+	if err := p.say(kindPIN, []byte(pin.Reveal())); err != nil {
+		done(&hsm.Error{Op: "C_Login", Class: hsm.ClassGone, Detail: "the worker ended before it had the PIN"})
+		return frame{}, err
+	}
+	f, err = p.hear()
 	if err != nil {
 		done(ErrInterrupted)
 		return frame{}, err
@@ -88,28 +102,29 @@ func (t *Token) awaitOperator() {
 // mend has workers start again where an operator has acted, and tells whether
 // they do.
 func (t *Token) mend() bool {
-	pin, changed, err := t.readPIN()
-	return err == nil && t.adopt(pin, changed) // an error: it is being written, perhaps
-}
-
-// readPIN reads the PIN anew, and tells whether it is another one.
-func (t *Token) readPIN() (pin hsm.PIN, changed bool, err error) {
 	t.mu.Lock()
-	was := t.pin
+	pin, refused := t.pin, t.refused
 	t.mu.Unlock()
-	if t.c.ReadPIN == nil {
-		return was, false, nil
+	if t.c.ReadPIN != nil {
+		var err error
+		if pin, err = t.c.ReadPIN(); err != nil {
+			return false // it is being written, perhaps
+		}
 	}
-	pin, err = t.c.ReadPIN()
-	return pin, err == nil && pin.Reveal() != was.Reveal(), err
+	return t.adopt(pin, refused)
 }
 
-// adopt takes pin for the workers that start from now on. It returns whether
-// they do start: where pin is another one, or its refusal is forgotten.
-func (t *Token) adopt(pin hsm.PIN, changed bool) bool {
+// adopt takes pin, which was read while refused was the state, for the workers that
+// start from now on. It returns whether they do start: where pin is another one, or
+// its refusal is forgotten.
+func (t *Token) adopt(pin hsm.PIN, refused error) bool {
 	forgotten := t.c.Tries != nil && t.c.Tries.Refuses(pin) == nil
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	changed := pin.Reveal() != t.pin.Reveal()
+	if t.refused != nil && t.refused != refused && !changed {
+		return false // it was refused meanwhile
+	}
 	if changed {
 		t.pin = pin
 		t.log.Info("the token's PIN was read anew and is another one")
@@ -128,9 +143,15 @@ func (t *Token) adopt(pin hsm.PIN, changed bool) bool {
 
 // ReadPIN reads the PIN anew. Those workers that are logged in stay so.
 func (t *Token) ReadPIN() error {
-	pin, changed, err := t.readPIN()
+	if t.c.ReadPIN == nil {
+		return nil
+	}
+	t.mu.Lock()
+	refused := t.refused
+	t.mu.Unlock()
+	pin, err := t.c.ReadPIN()
 	if err == nil {
-		t.adopt(pin, changed)
+		t.adopt(pin, refused)
 	}
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -225,3 +226,27 @@ func (never) Try(i hsm.Info, _ hsm.PIN) (func(error), error) {
 	return nil, &hsm.Error{Op: "PIN", Class: hsm.ClassOperator, Detail: "never, on " + i.TokenSerial}
 }
 func (never) Refuses(hsm.PIN) error { return errors.New("never") }
+
+// A token that is slow to refuse, and does not tell of wrong PINs, gets one wrong try: a
+// login is not cut off there to be tried again.
+func TestSlowRefusal(t *testing.T) {
+	var c worker.Config
+	tok, m, pub := faultyToken(t, func(conf *worker.Config) {
+		conf.Workers, conf.Profile = 1, "default"
+		conf.Tries = pinrecord.New(filepath.Join(t.TempDir(), "record"), conf.Module, conf.TokenLabel)
+		c = *conf
+	})
+	if err := signNow(t, tok, pub, 1); err != nil {
+		t.Fatal(err)
+	}
+	changePIN(t, c, c.PIN.Reveal(), "87654321")
+	m.Set(t, "C_Login delay=4000")
+	before := m.Calls("C_Login")
+	if err := syscall.Kill(tok.Workers()[0].PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the PIN is refused", func() bool { return operator(tok.Stats().Err) })
+	if n := m.Calls("C_Login") - before; n != 1 {
+		t.Errorf("the wrong PIN was tried %d times", n)
+	}
+}

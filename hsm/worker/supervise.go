@@ -66,7 +66,7 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 	} else if errors.Is(err, os.ErrDeadlineExceeded) {
 		t.started(bound, true)
 		err = &hsm.Error{Op: "starting a worker", Class: hsm.ClassCrashed,
-			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, bound)}
+			Detail: fmt.Sprintf("the module %s did not log in within %v", t.c.Module, time.Since(p.born).Round(time.Millisecond))}
 	}
 	return nil, err
 }
@@ -80,7 +80,7 @@ func (p *process) greet(ctx context.Context, mode byte, bound time.Duration) err
 	defer context.AfterFunc(p.t.closing, now)()
 	f, err := p.exchange(kindHello, newHello(mode, p.t.c).append(nil))
 	if err == nil && f.kind == kindAsk {
-		f, err = p.login(f)
+		f, err = p.login(ctx, f, bound)
 	}
 	if err != nil {
 		return err
@@ -93,11 +93,21 @@ func (p *process) greet(ctx context.Context, mode byte, bound time.Duration) err
 
 // exchange sends one frame to a child that starts, and reads one.
 func (p *process) exchange(kind byte, body []byte) (frame, error) {
-	_, err := p.conn.Write(appendFrame(nil, kind, 0, body))
-	var f frame
-	if err == nil {
-		f, err = readFrame(p.conn)
+	if err := p.say(kind, body); err != nil {
+		return frame{}, err
 	}
+	return p.hear()
+}
+
+func (p *process) say(kind byte, body []byte) error {
+	if _, err := p.conn.Write(appendFrame(nil, kind, 0, body)); err != nil {
+		return fmt.Errorf("greeting a worker: %w", err)
+	}
+	return nil
+}
+
+func (p *process) hear() (frame, error) {
+	f, err := readFrame(p.conn)
 	if err != nil {
 		return frame{}, fmt.Errorf("greeting a worker: %w", err)
 	}
