@@ -138,7 +138,7 @@ func (t *Token) admit(p *process) {
 	t.mu.Lock()
 	p.progress = time.Now()
 	t.live = append(t.live, p)
-	t.down = nil
+	t.down, t.misses = nil, 0
 	fed := t.feed(nil)
 	t.mu.Unlock()
 	t.running.Go(p.serve)
@@ -198,10 +198,12 @@ func (t *Token) raise(pause *time.Duration) *process {
 		}
 		*pause = min(max(2**pause, minPause), maxPause)
 		t.mu.Lock()
-		t.down = err
 		refused, mended := t.refused != nil, t.mended
-		if !t.serving() {
-			t.failWaiting(err)
+		if !t.hopeful(err) {
+			t.down = err
+			if !t.serving() {
+				t.failWaiting(err)
+			}
 		}
 		t.mu.Unlock()
 		if t.closing.Err() != nil {
@@ -219,6 +221,18 @@ func (t *Token) raise(pause *time.Duration) *process {
 		t.ended(CauseStart)
 		t.log.Error("no worker could be started", slog.Any("error", err), slog.Duration("next", *pause))
 	}
+}
+
+// hopeful says whether the next start may well succeed after one that crashed, was cut
+// off, or met a token that did not work: it comes soon, and who has the time waits for
+// it. mu is held.
+func (t *Token) hopeful(err error) bool {
+	t.misses++
+	e, ok := errors.AsType[*hsm.Error](err)
+	if ok && (e.Class == hsm.ClassOperator || e.Class == hsm.ClassRefused) {
+		return false
+	}
+	return t.misses <= t.c.Workers
 }
 
 // succeed replaces a worker that is old or does not work: first there is the

@@ -156,7 +156,8 @@ type Token struct {
 	pin     hsm.PIN
 	refused error         // why the PIN is not tried: nothing starts before an operator has acted
 	mended  chan struct{} // closed when refused is no more
-	down    error         // why the last start failed; nil where one has succeeded since
+	down    error         // why the last starts failed; nil where one has succeeded since
+	misses  int           // starts that failed, since one that did not
 	closed  bool
 	slowest time.Duration // time between two answers, of the last while
 	lastly  time.Time     // when there was an answer
