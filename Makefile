@@ -84,7 +84,7 @@ bench: deps
 soak: deps
 	$(GO) test -tags soak -count=1 -timeout 10m -run TestAgentLoad -v ./softhsm-tests
 
-# No growth of memory, descriptors or goroutines: make soak-token SIGNATURES=300000.
+# No growth of memory, descriptors or goroutines: make soak-token SIGNATURES=300000, the least.
 # Two million take a quarter of an hour, and 2 GB of /tmp for their audit log.
 SIGNATURES ?= 2000000
 soak-token: deps
