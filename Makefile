@@ -84,11 +84,11 @@ bench: deps
 soak: deps
 	$(GO) test -tags soak -count=1 -timeout 10m -run TestAgentLoad -v ./softhsm-tests
 
-# No growth of memory, descriptors or goroutines: make soak-token SIGNATURES=100000.
+# No growth of memory, descriptors or goroutines: make soak-token SIGNATURES=300000, the least.
 # Two million take a quarter of an hour, and 2 GB of /tmp for their audit log.
 SIGNATURES ?= 2000000
 soak-token: deps
-	SIGNWARDEN_SOAK_SIGNATURES=$(SIGNATURES) $(GO) test -tags soak -count=1 -timeout 60m -run TestTokenSoak -v ./softhsm-tests
+	SIGNWARDEN_SOAK_SIGNATURES=$(SIGNATURES) $(GO) test -tags soak -count=1 -timeout 60m -run 'TestTokenSoak|TestWorkerSoak' -v ./softhsm-tests
 
 # The agent with gpg 2.4, rpm 4.20 and sq 1.3, and PKCS#11 tools by OpenSSL's provider, in a
 # Debian 13 tree; wants root and debootstrap.

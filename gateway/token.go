@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/signwarden/signwarden/gateway/keys"
@@ -20,7 +21,8 @@ import (
 // An error may have methods that tell its kind: Busy() bool for one that may
 // pass by itself, and with it RetryAfter() time.Duration where the token has not
 // been asked, since too much waits for it; Exists() bool for a label or id that is taken; everything else
-// is a token failure.
+// is a token failure. Of one with Name() string, Refused(), Gone() and Operator() bool the
+// caller is told the name, where that is one of a CK_RV, and which of the three it is.
 type Token interface {
 	// Sign signs a digest with the key whose CKA_ID is id. opts is
 	// *rsa.PSSOptions for PSS, crypto.Hash(0) for Ed25519, and else the hash.
@@ -64,7 +66,32 @@ func tokenError(err error) error {
 	case taken && exists.Exists():
 		return fmt.Errorf("%w: the token holds an unregistered object of that label; delete it there, or choose another name", sigerr.Conflict)
 	}
-	return sigerr.TokenFailed
+	return tokenFailure(err)
+}
+
+// tokenFailure is sigerr.TokenFailed with what a caller can do about it. Of the token's
+// own words it has the name of the CK_RV, no more: others may name slots.
+func tokenFailure(err error) error {
+	e, ok := errors.AsType[interface {
+		error
+		Name() string
+		Refused() bool
+		Gone() bool
+		Operator() bool
+	}](err)
+	if !ok || !strings.HasPrefix(e.Name(), "CK") {
+		return sigerr.TokenFailed
+	}
+	switch {
+	case e.Refused():
+		return fmt.Errorf("%w: the token refuses this request as it stands (%s); sending it again will not help: use another key, scheme or hash, or ask an administrator",
+			sigerr.TokenFailed, e.Name())
+	case e.Operator():
+		return fmt.Errorf("%w: the token waits for its operator (%s)", sigerr.TokenFailed, e.Name())
+	case e.Gone():
+		return fmt.Errorf("%w: the token does not work (%s); its operator's log tells more", sigerr.TokenFailed, e.Name())
+	}
+	return fmt.Errorf("%w: %s", sigerr.TokenFailed, e.Name())
 }
 
 // queued is the error of a request that had to wait for the token and was refused

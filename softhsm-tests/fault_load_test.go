@@ -94,8 +94,10 @@ func signAll(callers, all int, sign func() error) *tally {
 }
 
 // The codes of the mix: all that recover by themselves, and of those that refuse a
-// request as it stands one: its share is what a client sees. None of class G:
-// that stops all, by design (TestFaultMatrix).
+// request as it stands one (class A): nothing can hide it, another try would be refused
+// too, so its share is what a client sees, and with more of them that would be beyond one
+// in a thousand. All of class A are in TestFaultMatrix. None of class G: that stops all,
+// by design.
 const mixRefuse = "0x70"
 
 var mixRecover = []string{

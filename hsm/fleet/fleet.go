@@ -71,7 +71,7 @@ type Config struct {
 const (
 	openGrace   = 5 * time.Second // for the other members, when one is open
 	firstPause  = 100 * time.Millisecond
-	maxPause    = 2 * time.Second // between probes, and attempts to open
+	maxPause    = time.Second // between probes, and attempts to open
 	mendedEvery = time.Second
 	probeFor    = time.Second // a probe, and then the check of keys
 	watchEvery  = 25 * time.Millisecond

@@ -42,9 +42,20 @@ func (t *Token) advance(p *process, now time.Time, answered bool) {
 
 // hurried says whether p is to have a successor because it stalls: the token answers
 // others, or did a moment ago. Where it answers nobody a new process is no help, and
-// each costs the token a login. mu is held.
+// each costs the token a login. So one more for each worker is all that start at once:
+// beyond those, while others that stalled are still there, one starts in maxPause, and
+// after one that did not come up there is that pause too. mu is held.
 func (t *Token) hurried(p *process) bool {
-	return p.stalled && time.Since(t.lastly) < hurryFor
+	if !p.stalled || p.draining || time.Since(t.lastly) >= hurryFor || time.Since(t.hurryFailed) < maxPause {
+		return false
+	}
+	more := 0
+	for _, q := range t.live {
+		if q != p && q.why == CauseStalled {
+			more++
+		}
+	}
+	return more < t.c.Workers || time.Since(t.hurriedAt) >= maxPause
 }
 
 // startTimes tell how long the start of a child may take. One that hangs keeps all
@@ -57,16 +68,27 @@ type startTimes struct {
 const (
 	startFactor = 8
 	minStart    = 600 * time.Millisecond
+	// shortStart is up to where the bound doubles: a token that answers again is found
+	// when the start that hangs since before has met its bound.
+	shortStart = 2 * time.Second
 )
+
+// patient says whether the next start has all of StartTimeout after so many that were
+// cut: a token may take far longer than it used to. The 8th has, the 16th, the 32nd,
+// and each 64th: the longer a token hangs, the rarer does its return meet one of those.
+func patient(cut int) bool {
+	return cut >= 8 && cut&(cut-1) == 0 || cut > 0 && cut%64 == 0
+}
 
 // startBound is how long a child may take now.
 func (t *Token) startBound() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.begins.slowest == 0 {
+	if t.begins.slowest == 0 || patient(t.begins.cut) {
 		return t.c.StartTimeout
 	}
-	return min(max(startFactor*t.begins.slowest, minStart)<<min(t.begins.cut, 16), t.c.StartTimeout)
+	usual := max(startFactor*t.begins.slowest, minStart)
+	return min(max(usual, min(usual<<min(t.begins.cut, 2), shortStart)), t.c.StartTimeout)
 }
 
 // started notes how long a child took, or that it did not come up in its time.
@@ -121,6 +143,8 @@ func (t *Token) look(every time.Duration, fed []*process) []*process {
 			t.move(p)
 			p.notify()
 			moved = true
+		case t.hurried(p): // which it was not when it began to stall
+			p.notify()
 		}
 	}
 	if moved {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -136,10 +137,10 @@ func TestHangsEach(t *testing.T) {
 }
 
 // The first start may take StartTimeout; a later one that hangs is ended long before, and
-// one that is only slow comes up in the end.
+// a token that is slow to start from now on comes up in the end.
 func TestStartHangs(t *testing.T) {
 	tok, m, pub := faultyToken(t, func(c *worker.Config) { c.Workers, c.StartTimeout = 1, time.Hour })
-	for _, rule := range []string{"C_Login nth=1 hang", "C_Initialize nth=1 hang", "C_Login times=3 delay=2500"} {
+	for _, rule := range []string{"C_Login nth=1 hang", "C_Initialize nth=1 hang", "C_Login delay=2500"} {
 		m.Set(t, rule)
 		for _, w := range tok.Workers() {
 			if err := syscall.Kill(w.PID, syscall.SIGKILL); err != nil {
@@ -147,6 +148,67 @@ func TestStartHangs(t *testing.T) {
 			}
 		}
 		until(t, "it signs after "+rule, func() bool { return m.Injected(0) > 0 && signNow(t, tok, pub, 1) == nil })
+	}
+}
+
+// signing has some callers sign until the end, and returns that.
+func signing(t *testing.T, tok *worker.Token, pub crypto.PublicKey) (end func()) {
+	var wg sync.WaitGroup
+	var stop atomic.Bool
+	for range 8 {
+		wg.Go(func() {
+			for n := int64(0); !stop.Load(); n++ {
+				if err := signNow(t, tok, pub, n); err != nil {
+					t.Errorf("signature %d: %v", n, err)
+				}
+			}
+		})
+	}
+	return func() { stop.Store(true); wg.Wait() }
+}
+
+// A token of which some calls are slow costs a login when that is new, and not for each
+// such call: what is late follows from what was slow.
+func TestSlowLogins(t *testing.T) {
+	tok, m, pub := faultyToken(t, func(c *worker.Config) { c.CallTimeout = 10 * time.Second })
+	end := signing(t, tok, pub)
+	until(t, "it signs", func() bool { return m.Calls("C_Sign") > 200 })
+	before := m.Calls("C_Login")
+	m.Set(t, "C_Sign every=50 delay=3000")
+	until(t, "some were slow", func() bool { return m.Injected(0) >= 8 })
+	first := m.Calls("C_Login") - before
+	until(t, "many were slow", func() bool { return m.Injected(0) >= 16 })
+	later := m.Calls("C_Login") - before - first
+	m.Set(t)
+	end()
+	t.Logf("%d logins, then %d", first, later)
+	// One for each worker, and one a second until the first slow answer is there.
+	if first > 2+3 || later > 0 {
+		t.Errorf("%d logins of two workers, then %d", first, later)
+	}
+}
+
+// Workers that stall again and again have no more successors than one for each.
+func TestStallsOften(t *testing.T) {
+	tok, m, pub := faultyToken(t, func(c *worker.Config) { c.CallTimeout = time.Hour })
+	end := signing(t, tok, pub)
+	until(t, "it signs", func() bool { return m.Calls("C_Sign") > 200 })
+	before := m.Calls("C_Login")
+	m.Set(t, "C_Sign every=20 hang")
+	until(t, "all workers hang", func() bool { return m.Injected(0) >= 4 })
+	if n := m.Calls("C_Login") - before; n > 2 {
+		t.Errorf("%d logins of two workers, when the fourth hangs", n)
+	}
+	m.Set(t)
+	signed := m.Calls("C_Sign")
+	until(t, "it signs again", func() bool { return m.Calls("C_Sign") > signed+100 }) // beyond those, one starts after a pause
+	end()
+	for _, w := range tok.Workers() { // or Close would wait for it as long as it may take
+		if w.InFlight > 0 {
+			if err := syscall.Kill(w.PID, syscall.SIGKILL); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }
 

@@ -15,7 +15,7 @@ import (
 // Pauses before a start, where the one before did not come to an answer.
 const (
 	minPause = 50 * time.Millisecond
-	maxPause = 2 * time.Second
+	maxPause = time.Second
 )
 
 // endTimeout is how long a child that is to end has for closing its sessions.
@@ -240,9 +240,15 @@ func (t *Token) hopeful(err error) bool {
 func (t *Token) succeed(p *process) *process {
 	t.mu.Lock()
 	late := t.hurried(p)
-	needless := p.why == "" && !late // it stalled, and may have gone on since
-	if late && p.why == "" {
-		p.why = CauseStalled
+	needless := !late && (p.why == "" || p.why == CauseStalled) // it stalled, and may have gone on since
+	switch {
+	case needless:
+		p.why = ""
+	case late:
+		t.hurriedAt = time.Now()
+		if p.why == "" {
+			p.why = CauseStalled
+		}
 	}
 	t.mu.Unlock()
 	if needless {
@@ -269,6 +275,9 @@ func (t *Token) succeed(p *process) *process {
 		}
 		t.mu.Lock()
 		p.born = time.Now() // so that it is not tried again at once
+		if late {
+			t.hurryFailed = p.born
+		}
 		p.replace(p.why)
 		t.mu.Unlock()
 		return p

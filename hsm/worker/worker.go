@@ -71,8 +71,8 @@ type Config struct {
 	// earlier, when it is much later than the slowest answer of the last seconds.
 	CallTimeout time.Duration
 	// StartTimeout bounds the start of a child: loading the module, and the login.
-	// One that takes much longer than those before is ended earlier, and the next
-	// has twice its time.
+	// One that takes much longer than those before is ended earlier; of those that
+	// follow, some have all of StartTimeout.
 	StartTimeout time.Duration
 	// KeepAlive is how long a child may be idle before it is made to use its token;
 	// 0: as the token's profile has it. Negative: for ever.
@@ -162,6 +162,8 @@ type Token struct {
 	slowest time.Duration // time between two answers, of the last while
 	lastly  time.Time     // when there was an answer
 	begins  startTimes
+
+	hurriedAt, hurryFailed time.Time // when a successor of one that stalls was last started, and did not come up
 }
 
 // Open starts a first worker and returns when it is logged in; the others
