@@ -413,7 +413,7 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, conten
 	if scheme == keys.EdDSAMessage {
 		signed = r.Message
 	}
-	expected := g.audit.Expect()
+	expected := g.audit.Expect(p.Name())
 	defer expected.Cancel()
 	began := g.clock()
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
