@@ -22,33 +22,55 @@ type gate struct {
 
 	mu  sync.Mutex // guards the counts; held for a few instructions
 	all int
-	of  map[string]int // no entry for a principal with none under way
+	of  map[string]*inside // no entry for a principal with none under way
+}
+
+// inside is what one principal has under way.
+type inside struct {
+	n    int
+	took time.Duration // what its requests have taken lately; 0: none has ended
 }
 
 func newGate(all, each int) *gate {
-	return &gate{max: all, maxEach: each, of: map[string]int{}}
+	return &gate{max: all, maxEach: each, of: map[string]*inside{}}
 }
 
-// enter takes a place and returns what gives it back, or refuses at once. An
-// eighth of the places is for those who have none: some that flood do not keep
-// the others out.
-func (g *gate) enter(principal string) (leave func(), err error) {
+// enter takes a place and returns what gives it back when the request has ended, or
+// refuses at once. An eighth of the places is for those who have none: some that
+// flood do not keep the others out.
+func (g *gate) enter(principal string) (leave func(took time.Duration), err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if n := g.of[principal]; g.all >= g.max || n >= g.maxEach || n > 0 && g.all >= g.max-g.max/8 {
-		return nil, fmt.Errorf("%w: %d of yours are under way; wait for answers before sending more",
-			sigerr.Overloaded, g.of[principal])
+	in := g.of[principal]
+	if in == nil {
+		in = &inside{} // kept where it enters
+	}
+	if g.all >= g.max || in.n >= g.maxEach || in.n > 0 && g.all >= g.max-g.max/8 {
+		return nil, &overQueue{
+			fmt.Sprintf("%d of yours are under way; wait for answers before sending more", in.n),
+			// When half of those have been answered.
+			min(max(in.took/2, minRetry), maxRetry),
+		}
 	}
 	g.all++
-	g.of[principal]++
-	return func() { g.leave(principal) }, nil
+	in.n++
+	g.of[principal] = in
+	return func(took time.Duration) { g.leave(principal, took) }, nil
 }
 
-func (g *gate) leave(principal string) {
+// Bounds of what one is told to wait who is refused here.
+const (
+	minRetry = 50 * time.Millisecond
+	maxRetry = time.Second
+)
+
+func (g *gate) leave(principal string, took time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.all--
-	if g.of[principal]--; g.of[principal] == 0 {
+	in := g.of[principal]
+	in.took += (took - in.took) / 8
+	if in.n--; in.n == 0 {
 		delete(g.of, principal)
 	}
 }
@@ -57,34 +79,47 @@ func (g *gate) leave(principal string) {
 // rule, principal and key. They are as many as rules allow; their names come
 // from certificates and the registry, not from what a client says.
 type limiters struct {
-	mu sync.Mutex // guards by; held for a look-up
-	by map[limiterKey]*rate.Limiter
+	mu sync.Mutex // guards by and what is in it; held for a look-up
+	by map[limiterKey]*bucket
 }
 
 type limiterKey struct{ rule, principal, key string }
 
-func newLimiters() *limiters { return &limiters{by: map[limiterKey]*rate.Limiter{}} }
+// bucket has how many signatures are allowed at a moment.
+type bucket struct {
+	left float64
+	at   time.Time
+}
 
-// take uses up one signature of the decision's rate, or refuses.
-func (l *limiters) take(principal, key string, d policy.Decision, now time.Time) error {
+func newLimiters() *limiters { return &limiters{by: map[limiterKey]*bucket{}} }
+
+// take uses up one signature of the decision's rate, or refuses. giveBack is for one
+// that was not asked for in the end; it is called at most once.
+func (l *limiters) take(principal, key string, d policy.Decision, now time.Time) (giveBack func(), err error) {
 	if d.Rate.Count == 0 {
-		return nil
+		return func() {}, nil
 	}
 	id := limiterKey{d.Rule, principal, key}
+	full, second := float64(d.Rate.Count), float64(d.Rate.Count)/d.Rate.Per.Seconds()
 	l.mu.Lock()
-	lim := l.by[id]
-	if lim == nil {
-		lim = rate.NewLimiter(rate.Limit(float64(d.Rate.Count)/d.Rate.Per.Seconds()), d.Rate.Count)
-		l.by[id] = lim
+	defer l.mu.Unlock()
+	b := l.by[id]
+	if b == nil {
+		b = &bucket{full, now}
+		l.by[id] = b
 	}
-	l.mu.Unlock()
-	r := lim.ReserveN(now, 1)
-	wait := r.DelayFrom(now)
-	if wait > 0 {
-		r.CancelAt(now)
-		return &overRate{rule: d.Rule, rate: d.Rate, wait: wait}
+	if passed := now.Sub(b.at); passed > 0 {
+		b.left, b.at = min(full, b.left+passed.Seconds()*second), now
 	}
-	return nil
+	if b.left < 1-1e-6 { // less by rounding, for who has waited as long as was told
+		return nil, &overRate{rule: d.Rule, rate: d.Rate, wait: time.Duration((1 - b.left) / second * float64(time.Second))}
+	}
+	b.left--
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		b.left = min(full, b.left+1)
+	}, nil
 }
 
 // overRate refuses what a rule allows later. It is sigerr.Overloaded, and its

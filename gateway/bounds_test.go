@@ -73,6 +73,11 @@ func TestBounds(t *testing.T) {
 	sign(alice, "a-1")
 	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.Overloaded) {
 		t.Errorf("alice's third: got %v, want Overloaded", err)
+	} else if r, ok := errors.AsType[interface {
+		error
+		RetryAfter() time.Duration
+	}](err); !ok || r.RetryAfter() < 50*time.Millisecond || r.RetryAfter() > time.Second {
+		t.Errorf("alice's third: got %v, want when to try again", err)
 	}
 	sign(bob, "b-1")
 	if _, err := f.Sign(t.Context(), bob, gatewaytest.Request("b-1", "text")); !errors.Is(err, sigerr.Overloaded) {
@@ -120,6 +125,37 @@ func TestRate(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		if err := sign(); err != nil {
 			t.Errorf("half a minute later: %v", err)
+		}
+		f.Close()
+	})
+}
+
+// A request that finds no place at the token does not count for its rule's rate.
+func TestRateOfRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := gatewaytest.New(t, gatewaytest.Policy+`
+  - {name: slow, principals: [alice], keys: [k], may: [sign], formats: [openpgp], blind: true, rate: 2/m}
+`)
+		f.Key(t, "k", keys.Ed25519)
+		alice := gatewaytest.Principal(t, "alice")
+		sign := func() error {
+			_, err := f.Sign(t.Context(), alice, gatewaytest.Request("k", "text"))
+			return err
+		}
+		f.Token.Before = func(context.Context, []byte) error { return full{} }
+		for range 5 {
+			if err := sign(); !errors.Is(err, sigerr.Overloaded) || strings.Contains(err.Error(), "2/m") {
+				t.Errorf("no place: got %v, want Overloaded by the token", err)
+			}
+		}
+		f.Token.Before = nil
+		for range 2 {
+			if err := sign(); err != nil {
+				t.Errorf("one of two a minute: %v", err)
+			}
+		}
+		if err := sign(); !errors.Is(err, sigerr.Overloaded) || !strings.Contains(err.Error(), "2/m") {
+			t.Errorf("the third: got %v, want Overloaded by the rate", err)
 		}
 		f.Close()
 	})

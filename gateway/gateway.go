@@ -303,7 +303,7 @@ func (g *Gateway) answer(ctx context.Context, p ident.Principal, r Request) (Sig
 		// Not recorded: a flood of refusals must not become a flood of commits.
 		return Signature{}, err
 	}
-	defer leave()
+	defer func() { leave(g.c.Now().Sub(now)) }()
 	e := r.entry(p, now)
 	if err := r.check(); err != nil {
 		return g.refuse(e, audit.Denied, err, err.Error())
@@ -406,14 +406,15 @@ func (r *Request) scheme(a keys.Algorithm, read *policy.Content) (keys.Scheme, e
 func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, content *policy.Content, e audit.Entry,
 	s *snapshot, k *keys.Registered, rule policy.Decision, scheme keys.Scheme,
 ) (Signature, error) {
-	if err := s.limits.take(p.Name(), k.Name, rule, g.c.Now()); err != nil {
+	giveBack, err := s.limits.take(p.Name(), k.Name, rule, g.c.Now())
+	if err != nil {
 		return g.refuse(e, audit.Denied, err, err.Error())
 	}
 	signed := r.Digest
 	if scheme == keys.EdDSAMessage {
 		signed = r.Message
 	}
-	expected := g.audit.Expect()
+	expected := g.audit.Expect(p.Name())
 	defer expected.Cancel()
 	began := g.clock()
 	tctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
@@ -423,7 +424,8 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, conten
 	if err != nil {
 		told := tokenError(err)
 		if _, ok := errors.AsType[*overQueue](told); ok {
-			// Not recorded, as where the gate refuses.
+			// Not recorded, as where the gate refuses; nor does it count.
+			giveBack()
 			return Signature{}, told
 		}
 		return g.refuse(e, audit.Failed, told, err.Error())

@@ -38,10 +38,11 @@ var ErrClosed = errors.New("audit log is closed")
 //
 // A group is what came while the commit before ran, and, where many entries are
 // announced ([Log.Expect]), what comes of them in the next moment: it is committed
-// when it has a quarter of all that are under way, or when one of its entries has
-// waited an eighth of the time that it took to come. So an entry that comes alone is
-// committed at once, by the goroutine that appends it, and one of hundreds pays for
-// little of a commit and waits little longer.
+// when it has a quarter of all that are under way, or of what one caller has under
+// way, or when one of its entries has waited an eighth of the time that it took to come.
+// So an entry that comes alone is committed at once, by the goroutine that appends it,
+// one of hundreds pays for little of a commit and waits little longer, and who asks for
+// one signature at a time does not wait for the hundreds of another.
 type Log struct {
 	sink Sink
 
@@ -50,15 +51,21 @@ type Log struct {
 	waiting    []*pending // the next group, and those after it
 	spare      []*pending // the memory of the last one
 	coming     int        // entries that are announced
-	committing bool       // somebody is in commit
+	callers    map[string]*caller
+	ripe       bool // some caller has a quarter of its entries in waiting
+	committing bool // somebody is in commit
 	closed     bool
 	linger     *time.Timer   // calls flush; running while waiting has a group that is not full
 	due        time.Time     // when that is, the earliest of the group's
 	idle       chan struct{} // closed when closed, and all is committed
 }
 
+// caller is what one has under way; one that has nothing is not kept.
+type caller struct{ coming, waiting int }
+
 type pending struct {
 	record Record
+	caller string
 	due    time.Time // when it has waited long enough for others
 	row    int64
 	err    error
@@ -67,7 +74,7 @@ type pending struct {
 
 // New starts a log over sink. Close it.
 func New(sink Sink) *Log {
-	l := &Log{sink: sink, idle: make(chan struct{})}
+	l := &Log{sink: sink, idle: make(chan struct{}), callers: map[string]*caller{}}
 	l.linger = time.AfterFunc(time.Hour, l.flush)
 	l.linger.Stop()
 	return l
@@ -78,36 +85,56 @@ func New(sink Sink) *Log {
 // whether the entry was stored; the caller must release nothing. What that
 // leaves at worst is a record of a signature that nobody got.
 func (l *Log) Append(e Entry) (row int64, err error) {
-	return l.append(&pending{record: Record{e.Canonical(), nil}}, nil)
+	return l.append(&pending{record: Record{e.Canonical(), nil}, caller: e.Principal}, nil)
 }
 
 // Expected is an entry that will come.
 type Expected struct {
-	l     *Log
-	since time.Time
-	gone  bool // it has come, or will not; guarded by l.mu
+	l      *Log
+	caller string
+	since  time.Time
+	gone   bool // it has come, or will not; guarded by l.mu
 }
 
-// Expect announces an entry: others may wait for it. Call Append or Cancel of what
-// it returns.
-func (l *Log) Expect() *Expected {
-	x := &Expected{l: l, since: time.Now()}
+// Expect announces an entry of a caller: others may wait for it. Call Append or
+// Cancel of what it returns.
+func (l *Log) Expect(caller string) *Expected {
+	x := &Expected{l: l, caller: caller, since: time.Now()}
 	l.mu.Lock()
 	l.coming++
+	l.of(caller).coming++
 	l.mu.Unlock()
 	return x
+}
+
+// of is called with mu held; and so is tidy, when what it returned may be zero.
+func (l *Log) of(name string) *caller {
+	c := l.callers[name]
+	if c == nil {
+		c = &caller{}
+		l.callers[name] = c
+	}
+	return c
+}
+
+func (l *Log) tidy(name string) {
+	if c := l.callers[name]; c != nil && *c == (caller{}) {
+		delete(l.callers, name)
+	}
 }
 
 // Append is [Log.Append] of the entry that was announced, and keeps an answer beside
 // its row. It is called once.
 func (x *Expected) Append(e Entry, answer []byte) (row int64, err error) {
-	return x.l.append(&pending{record: Record{e.Canonical(), answer}}, x)
+	return x.l.append(&pending{record: Record{e.Canonical(), answer}, caller: x.caller}, x)
 }
 
 // Cancel says that the entry does not come; after Append it does nothing.
 func (x *Expected) Cancel() {
 	x.l.mu.Lock()
 	x.leave()
+	x.l.ripen(x.caller)
+	x.l.tidy(x.caller)
 	if group := x.l.next(); group != nil {
 		go x.l.run(group)
 	}
@@ -119,6 +146,14 @@ func (x *Expected) leave() {
 	if !x.gone {
 		x.gone = true
 		x.l.coming--
+		x.l.of(x.caller).coming--
+	}
+}
+
+// ripen is called with mu held, when a caller has more waiting, or less to come.
+func (l *Log) ripen(name string) {
+	if c := l.of(name); c.waiting > 0 && 3*c.waiting >= c.coming {
+		l.ripe = true
 	}
 }
 
@@ -128,6 +163,7 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 		x.leave()
 	}
 	if l.closed {
+		l.tidy(p.caller)
 		l.mu.Unlock()
 		return 0, ErrClosed
 	}
@@ -136,6 +172,8 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 		p.due = p.due.Add(min(p.due.Sub(x.since)/8, maxLinger))
 	}
 	l.waiting = append(l.waiting, p)
+	l.of(p.caller).waiting++
+	l.ripen(p.caller)
 	group := l.next()
 	// The earliest counts: an entry that came fast does not wait for as long as one
 	// can that was slow to come.
@@ -154,7 +192,7 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 // next takes the next group where one is full and nobody commits. Who gets one
 // commits it, and calls done. Called with mu held.
 func (l *Log) next() []*pending {
-	if n := len(l.waiting); l.committing || n == 0 || 3*n < l.coming && n < maxBatch && !l.closed {
+	if n := len(l.waiting); l.committing || n == 0 || !l.ripe && 3*n < l.coming && n < maxBatch && !l.closed {
 		return nil
 	}
 	return l.take()
@@ -164,10 +202,16 @@ func (l *Log) next() []*pending {
 func (l *Log) take() []*pending {
 	l.linger.Stop()
 	l.committing = true
-	group := l.waiting
-	l.waiting = append(l.spare[:0], group[min(len(group), maxBatch):]...)
+	all := l.waiting
+	group := all[:min(len(all), maxBatch)]
+	l.waiting = append(l.spare[:0], all[len(group):]...)
 	l.spare = nil
-	return group[:min(len(group), maxBatch)]
+	l.ripe = len(l.waiting) > 0 // more have come than one commit takes
+	for _, p := range group {
+		l.of(p.caller).waiting--
+		l.tidy(p.caller)
+	}
+	return group
 }
 
 // done ends the commit of a group. What has become full meanwhile is committed by a

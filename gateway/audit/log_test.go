@@ -345,7 +345,7 @@ func TestExpected(t *testing.T) {
 		s := &sink{t: t}
 		l := audit.New(s.commit)
 		start := time.Now()
-		alone := l.Expect()
+		alone := l.Expect("ci")
 		time.Sleep(time.Second) // at the token
 		if _, err := alone.Append(entry(0), nil); err != nil || time.Since(start) != time.Second {
 			t.Errorf("%v, after %v", err, time.Since(start))
@@ -355,7 +355,7 @@ func TestExpected(t *testing.T) {
 		const n = 80
 		var all []*audit.Expected
 		for range n {
-			all = append(all, l.Expect())
+			all = append(all, l.Expect("ci"))
 		}
 		time.Sleep(8 * time.Millisecond)
 		out := make(chan appended, n)
@@ -409,15 +409,59 @@ func TestExpected(t *testing.T) {
 	})
 }
 
+// Who has one entry at a time does not wait for those of one who has many.
+func TestExpectedOfTwo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &sink{t: t}
+		l := audit.New(s.commit)
+		var flood []*audit.Expected
+		for range 100 {
+			flood = append(flood, l.Expect("flood"))
+		}
+		lone := l.Expect("lone")
+		time.Sleep(time.Second)
+		waiting := make(chan error)
+		go func() { _, err := flood[0].Append(entry(0), nil); waiting <- err }()
+		synctest.Wait()
+		start := time.Now()
+		if _, err := lone.Append(entry(1), nil); err != nil || time.Since(start) != 0 {
+			t.Errorf("%v, after %v", err, time.Since(start))
+		}
+		if err := <-waiting; err != nil || time.Since(start) != 0 {
+			t.Errorf("who waited with it: %v, after %v", err, time.Since(start))
+		}
+		// Nor when the others of its caller are called off.
+		two := []*audit.Expected{l.Expect("two"), l.Expect("two"), l.Expect("two"), l.Expect("two"), l.Expect("two")}
+		time.Sleep(time.Second)
+		start = time.Now()
+		go func() { _, err := two[0].Append(entry(2), nil); waiting <- err }()
+		synctest.Wait()
+		if len(s.batches) != 1 {
+			t.Errorf("commits of %v: one of five is not waited with", s.batches)
+		}
+		two[1].Cancel()
+		if err := <-waiting; err != nil || time.Since(start) != 0 {
+			t.Errorf("when another is called off: %v, after %v", err, time.Since(start))
+		}
+		for _, x := range append(flood[1:], two[2:]...) {
+			x.Cancel()
+		}
+		l.Close()
+		if want := []int{2, 1}; fmt.Sprint(s.batches) != fmt.Sprint(want) {
+			t.Errorf("commits of %v entries, want %v", s.batches, want)
+		}
+	})
+}
+
 // Whoever is not announced waits for nobody.
 func TestUnexpectedAmongExpected(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &sink{t: t}
 		l := audit.New(s.commit)
 		for range 100 {
-			defer l.Expect().Cancel()
+			defer l.Expect("ci").Cancel()
 		}
-		x := l.Expect()
+		x := l.Expect("ci")
 		time.Sleep(time.Second)
 		waiting := make(chan error)
 		go func() { _, err := x.Append(entry(1), nil); waiting <- err }()
@@ -430,7 +474,7 @@ func TestUnexpectedAmongExpected(t *testing.T) {
 			t.Errorf("who waited with it: %v, after %v", err, time.Since(start))
 		}
 		l.Close()
-		if _, err := l.Expect().Append(entry(1), nil); !errors.Is(err, audit.ErrClosed) {
+		if _, err := l.Expect("ci").Append(entry(1), nil); !errors.Is(err, audit.ErrClosed) {
 			t.Errorf("after Close: %v", err)
 		}
 	})
