@@ -175,8 +175,8 @@ func TestBreaker(t *testing.T) {
 		asked := func() int { a.mu.Lock(); defer a.mu.Unlock(); return a.asked }
 		before := asked()
 		time.Sleep(time.Minute)
-		if n := asked() - before; n < 30 || n > 40 {
-			t.Errorf("%d probes in a minute, want one in two seconds", n)
+		if n := asked() - before; n < 60 || n > 68 {
+			t.Errorf("%d probes in a minute, want one a second", n)
 		}
 		before = asked()
 		for range 100 {
