@@ -78,7 +78,7 @@ func benchStream(t *testing.T, g *gateway) {
 		}
 		sign := raw.signer(t, keys.Algorithm(a), key.TokenID)
 		ours, theirs := map[int][]float64{}, []float64(nil)
-		callers := []int{1, 8, 128}
+		callers := []int{1, 8, 128, 400}
 		for range rounds {
 			theirs = append(theirs, sign(2*time.Second))
 			for _, n := range callers {
