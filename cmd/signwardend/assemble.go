@@ -40,7 +40,25 @@ func (d *dirFlags) load() (config.Config, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return c, exit.Hint(err, "make one with: signwardend init --dir %s --dev", filepath.Dir(path))
 	}
+	if err == nil {
+		err = checkProfiles(c)
+	}
 	return c, err
+}
+
+// checkProfiles is for what config, which knows no tokens, cannot check: before
+// anything is opened, and for a token that is not there either.
+func checkProfiles(c config.Config) error {
+	for _, t := range c.AllTokens() {
+		at := "token.profile"
+		if len(c.Tokens) > 0 {
+			at = fmt.Sprintf("tokens: profile of %s", t.Name)
+		}
+		if _, err := hsm.ProfileNamed(t.Token.Profile); t.Token.Profile != "" && err != nil {
+			return fmt.Errorf("configuration: %s: %w", at, err)
+		}
+	}
+	return nil
 }
 
 // only is the configuration with t as its only token.
