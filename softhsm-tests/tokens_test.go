@@ -51,6 +51,7 @@ func twoTokens(t *testing.T) (*gateway, [2]*faultp11.Module) {
 		t.Fatal(err)
 	}
 	writeFile(t, g.dir+"/signwardend.yaml", withTokens(t, string(b), list.String()))
+	edit(t, g.dir, "listen: ", "metrics: {listen: unix:metrics.sock}\nlisten: ")
 	return g, modules
 }
 
@@ -199,8 +200,11 @@ func TestTokenComesLate(t *testing.T) {
 	g.serve(t)
 	f := startFlow(t, g.client(t, "admin"), 8)
 	f.wait(t, 100)
+	g.tells(t, `signwarden_token_up{token="a"} 1`, `signwarden_token_up{token="b"} 0`, `signwarden_token_breaker{state="open",token="b"} 1`,
+		`signwarden_worker_ends_total{cause="crash",token="b"} 0`, `signwarden_ready 1`)
 	modules[1].Set(t)
 	until(t, "the other token signs", func() bool { return modules[1].Calls("C_Sign") > 100 })
+	g.tells(t, `signwarden_token_up{token="b"} 1`, `signwarden_token_breaker{state="closed",token="b"} 1`, `signwarden_token_keys{token="b"} 1`)
 	f.stop.Store(true)
 	f.wg.Wait()
 	g.stop(unix.SIGTERM)
@@ -220,6 +224,15 @@ func TestTokenComesLate(t *testing.T) {
 	}
 	if !strings.Contains(g.log(), "another key under a registered id") {
 		t.Error("there is no alarm in the log")
+	}
+	g.tells(t, `signwarden_token_other_keys{token="a"} 0`, `signwarden_token_other_keys{token="b"} 1`)
+}
+
+// tells waits until /metrics has each of these lines.
+func (g *gateway) tells(t *testing.T, lines ...string) {
+	t.Helper()
+	for _, l := range lines {
+		until(t, "the metrics tell "+l, func() bool { _, text := g.http(t, "/metrics"); return strings.Contains(text, "\n"+l+"\n") })
 	}
 }
 
