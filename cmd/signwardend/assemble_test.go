@@ -7,7 +7,16 @@ import (
 	"testing"
 
 	"github.com/signwarden/signwarden/gateway/config"
+	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/hsm/worker"
 )
+
+// Neither package can import the other.
+func TestMaxWeight(t *testing.T) {
+	if worker.MaxWeight != policy.MaxWeight {
+		t.Errorf("a worker takes weights up to %d, and a policy gives up to %d", worker.MaxWeight, policy.MaxWeight)
+	}
+}
 
 // A profile that is not there is told before anything is opened, for each token.
 func TestUnknownProfile(t *testing.T) {

@@ -29,9 +29,10 @@ func checkCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "check",
 		Short: "Examine configuration, certificates, store, module, token and keys",
-		Long: `check examines everything that serve needs and tells each result. It changes
-nothing, and works beside a gateway that serves. The PIN is tried once, and not
-at all where the token has refused it before: correct the PIN file then, or say
+		Long: `check examines everything that serve needs and tells each result. It works
+beside a gateway that serves, and changes nothing but the PIN record: it makes
+one beside the store where there is none. The PIN is tried once, and not at all
+where the token has refused it before: correct the PIN file then, or say
 signwardend token retry-pin.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return check(cmd.Context(), &d, os.Stdout) },

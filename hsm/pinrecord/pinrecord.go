@@ -221,7 +221,7 @@ func (r *Record) Refuses(pin hsm.PIN) error {
 	if r.unsaved != nil && same(r.pin, pin) {
 		return r.unsaved
 	}
-	f, err := os.Open(r.path)
+	f, err := os.OpenFile(r.path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -332,7 +332,12 @@ func write(f *os.File, e *entry) error {
 		}
 		b = append(b, '\n')
 	}
-	if st, err := f.Stat(); err == nil && st.Size() == 0 && e == nil {
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	fresh := st.Size() == 0 // and its name may be new to the directory
+	if fresh && e == nil {
 		return nil
 	}
 	// In this order a power failure leaves what is damaged, by which no PIN is
@@ -343,5 +348,13 @@ func write(f *os.File, e *entry) error {
 	if err := f.Truncate(int64(len(b))); err != nil {
 		return err
 	}
-	return f.Sync()
+	if err := f.Sync(); err != nil || !fresh {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(f.Name()))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
 }

@@ -160,6 +160,9 @@ func TestRecordDamaged(t *testing.T) {
 	if _, err := pinrecord.New(filepath.Join(dir, "link"), "m", "l").Try(hsm.Info{}, hsm.NewPIN("1")); err == nil {
 		t.Error("a symbolic link is followed")
 	}
+	if pinrecord.New(filepath.Join(dir, "link"), "m", "l").Refuses(hsm.NewPIN("1")) == nil {
+		t.Error("a symbolic link is followed to one that refuses nothing")
+	}
 	if said, err := pinrecord.Forget(filepath.Join(dir, "missing")); said != "" || err != nil {
 		t.Errorf("Forget of nothing: %q, %v", said, err)
 	}
