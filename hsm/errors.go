@@ -212,6 +212,11 @@ func (e *Error) NoSession() bool { return e.Code == pkcs11.CKR_SESSION_COUNT }
 // Gone says that the token does not work; another one may serve.
 func (e *Error) Gone() bool { return e.Class == ClassGone }
 
+// Unclear says that it is a login's, and does not say whether the PIN was wrong.
+func (e *Error) Unclear() bool {
+	return e.Op == callLogin && e.Code == pkcs11.CKR_FUNCTION_FAILED
+}
+
 // Operator says that nothing will work before a person has seen to the PIN.
 func (e *Error) Operator() bool { return e.Class == ClassOperator }
 

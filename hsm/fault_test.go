@@ -235,18 +235,28 @@ func logout(t *testing.T, ctx *pkcs11.Ctx, slot uint) {
 	}
 }
 
-// A login that fails for now is tried again, not taken for done.
-func TestLoginBusy(t *testing.T) {
-	p, f := openFaulty(t, newToken(t))
-	generate(t, p, "k", "p256")
-	ctx, slot := p.LoadedCtx()
-	logout(t, ctx, slot)
-	f.arm(times(2, "C_Login", pkcs11.CKR_FUNCTION_FAILED))
-	if _, err := p.Sign(t.Context(), []byte("k"), d256, crypto.SHA256); err != nil {
-		t.Error(err)
-	}
-	if n := f.count("C_Login"); n != 3 {
-		t.Errorf("%d logins, want 3", n)
+// A login that fails is not repeated by itself, whatever the code and the profile,
+// and not taken for done.
+func TestLoginFails(t *testing.T) {
+	for _, profile := range hsm.Profiles() {
+		for _, code := range []uint{pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_SESSION_COUNT, pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_OPERATION_ACTIVE, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_GENERAL_ERROR} {
+			t.Run(profile+" "+hsm.CodeName(code), func(t *testing.T) {
+				c := newToken(t)
+				c.Sessions, c.Profile = 1, profile
+				p, f := openFaulty(t, c)
+				generate(t, p, "k", "p256")
+				ctx, slot := p.LoadedCtx()
+				logout(t, ctx, slot)
+				f.arm(times(1, "C_Login", code))
+				_, err := p.Sign(t.Context(), []byte("k"), d256, crypto.SHA256)
+				if e, ok := errors.AsType[*hsm.Error](err); !ok || e.Code != code || e.Unclear() != (code == pkcs11.CKR_FUNCTION_FAILED) || f.count("C_Login") != 1 {
+					t.Errorf("got %v and %d logins, want the login's error and one", err, f.count("C_Login"))
+				}
+				if _, err := p.Sign(t.Context(), []byte("k"), d256, crypto.SHA256); err != nil || f.count("C_Login") != 2 {
+					t.Errorf("the next request: %v, %d logins in all, want 2", err, f.count("C_Login"))
+				}
+			})
+		}
 	}
 }
 

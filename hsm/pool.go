@@ -87,11 +87,14 @@ const (
 	maxBackoff = 200 * time.Millisecond
 )
 
+// callLogin is the Op of a login's error.
+const callLogin = "C_Login"
+
 // errNoRoom: the token grants no session to this worker, and others have some.
 var errNoRoom = errors.New("no session left for this worker")
 
 // do runs an operation on a session, and again as the class of its error
-// allows. The attempts follow each other; one may start on a new session.
+// allows, but where that is a login's. The attempts follow each other; one may start on a new session.
 func (p *Pool) do(ctx context.Context, op string, run func(*job, *worker) error) error {
 	tried := map[Class]int(nil)
 	for {
@@ -101,7 +104,9 @@ func (p *Pool) do(ctx context.Context, op string, run func(*job, *worker) error)
 			return err
 		}
 		r := rules[e.Class]
-		if tried[e.Class] >= r.retries {
+		// A login is not repeated, whatever the code and the profile: it may be how this
+		// token tells of a wrong PIN.
+		if tried[e.Class] >= r.retries || e.Op == callLogin {
 			return err
 		}
 		if tried == nil {

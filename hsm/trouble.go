@@ -4,6 +4,16 @@ package hsm
 #cgo LDFLAGS: -ldl
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <string.h>
+
+// What dlerror says is kept for each thread, and between two calls from Go the
+// goroutine may change its thread. The caller frees *why.
+static void *load(const char *path, char **why) {
+	void *h = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
+	const char *text = h == NULL ? dlerror() : NULL;
+	*why = text == NULL ? NULL : strdup(text);
+	return h;
+}
 
 static unsigned long function_list(void *f) {
 	void *list = NULL;
@@ -73,9 +83,11 @@ func loadable(path string) error {
 func probe(path string) error {
 	name := C.CString(path)
 	defer C.free(unsafe.Pointer(name))
-	h := C.dlopen(name, C.RTLD_LAZY|C.RTLD_LOCAL)
+	var why *C.char
+	h := C.load(name, &why)
+	defer C.free(unsafe.Pointer(why))
 	if h == nil {
-		text := strings.TrimPrefix(C.GoString(C.dlerror()), path+": ")
+		text := strings.TrimPrefix(C.GoString(why), path+": ")
 		if lib, _, ok := strings.Cut(text, ": cannot open shared object file"); ok {
 			return fmt.Errorf("PKCS#11 module %q depends on a library that is missing, %s: install its package, or name its directory in LD_LIBRARY_PATH (for a gateway in token.environment)", path, lib)
 		}

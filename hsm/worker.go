@@ -204,7 +204,7 @@ func (p *Pool) ensureLogin(sh pkcs11.SessionHandle) error {
 	}
 	err = p.api.Login(sh, pkcs11.CKU_USER, p.pin.Reveal())
 	if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)) {
-		err = p.profile.fail("C_Login", err)
+		err = p.profile.fail(callLogin, err)
 		if e, ok := errors.AsType[*Error](err); ok && e.Class == ClassOperator {
 			p.operator.CompareAndSwap(nil, e)
 		}

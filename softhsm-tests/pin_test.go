@@ -234,8 +234,11 @@ func TestPINChangedWhileServing(t *testing.T) {
 		t.Errorf("the audit log says %q", reason)
 	}
 	waitReady(503)
-	if _, text := g.http(t, "/readyz"); !strings.Contains(text, "CKR_PIN_INCORRECT") {
-		t.Errorf("/readyz says %q", text)
+	if _, text := g.http(t, "/readyz"); text != "pin\n" {
+		t.Errorf("/readyz says %q, want the part and nothing of it", text)
+	}
+	if !strings.Contains(g.log(), "not ready") || !strings.Contains(g.log(), "CKR_PIN_INCORRECT") {
+		t.Errorf("the log does not say why")
 	}
 	if _, text := g.http(t, "/metrics"); !strings.Contains(text, `signwarden_token_up{token="signwarden-dev"} 0`) || !strings.Contains(text, "signwarden_ready 0") {
 		t.Errorf("the metrics say that all is well:\n%s", text)

@@ -51,6 +51,7 @@ func twoTokens(t *testing.T) (*gateway, [2]*faultp11.Module) {
 		t.Fatal(err)
 	}
 	writeFile(t, g.dir+"/signwardend.yaml", withTokens(t, string(b), list.String()))
+	edit(t, g.dir, "listen: ", "metrics: {listen: unix:metrics.sock}\nlisten: ")
 	return g, modules
 }
 
@@ -221,22 +222,19 @@ func TestTokenComesLate(t *testing.T) {
 	g.serve(t)
 	f := startFlow(t, g.client(t, "admin"), 8)
 	f.wait(t, 100)
+	g.tells(t, `signwarden_token_up{token="a"} 1`, `signwarden_token_up{token="b"} 0`, `signwarden_token_breaker{state="open",token="b"} 1`,
+		`signwarden_worker_ends_total{cause="crash",token="b"} 0`, `signwarden_ready 1`)
 	modules[1].Set(t)
 	until(t, "the other token signs", func() bool { return modules[1].Calls("C_Sign") > 100 })
+	g.tells(t, `signwarden_token_up{token="b"} 1`, `signwarden_token_breaker{state="closed",token="b"} 1`, `signwarden_token_keys{token="b"} 1`)
 	f.stop.Store(true)
 	f.wg.Wait()
 	g.stop(unix.SIGTERM)
 
 	// The same id, another key.
 	id := keyID(t, g, "rel")
-	env := append(os.Environ(), "SOFTHSM2_CONF="+g.dir+"/b/softhsm2.conf")
-	pin := strings.TrimSpace(string(readFile(t, g.dir+"/token/user.pin")))
-	tool := func(args ...string) {
-		mustEnv(t, append(env, "PIN="+pin), "pkcs11-tool", append([]string{"--module", softhsmModule(t), "--token-label", "signwarden-dev", "--login", "--pin", "env:PIN"}, args...)...)
-	}
-	tool("--delete-object", "--type", "privkey", "--id", id)
-	tool("--delete-object", "--type", "pubkey", "--id", id)
-	tool("--keypairgen", "--key-type", "EC:prime256v1", "--id", id, "--label", "rel")
+	g.deleteKey(t, "b", id)
+	g.pkcs11Tool(t, "b", "--keypairgen", "--key-type", "EC:prime256v1", "--id", id, "--label", "rel")
 	before := modules[1].Calls("C_Sign")
 	g.serve(t)
 	f = startFlow(t, g.client(t, "admin"), 8)
@@ -248,6 +246,51 @@ func TestTokenComesLate(t *testing.T) {
 	}
 	if !strings.Contains(g.log(), "another key under a registered id") {
 		t.Error("there is no alarm in the log")
+	}
+	g.tells(t, `signwarden_token_other_keys{token="a"} 0`, `signwarden_token_other_keys{token="b"} 1`)
+}
+
+// tells waits until /metrics has each of these lines.
+func (g *gateway) tells(t *testing.T, lines ...string) {
+	t.Helper()
+	for _, l := range lines {
+		until(t, "the metrics tell "+l, func() bool { _, text := g.http(t, "/metrics"); return strings.Contains(text, "\n"+l+"\n") })
+	}
+}
+
+// pkcs11Tool is logged in to the token in DIR/NAME.
+func (g *gateway) pkcs11Tool(t *testing.T, name string, args ...string) {
+	t.Helper()
+	pin := strings.TrimSpace(string(readFile(t, g.dir+"/token/user.pin")))
+	env := append(os.Environ(), "SOFTHSM2_CONF="+filepath.Join(g.dir, name, "softhsm2.conf"), "PIN="+pin)
+	mustEnv(t, env, "pkcs11-tool", append([]string{"--module", softhsmModule(t), "--token-label", "signwarden-dev", "--login", "--pin", "env:PIN"}, args...)...)
+}
+
+// deleteKey takes both halves of a key out of the token in DIR/NAME.
+func (g *gateway) deleteKey(t *testing.T, name, id string) {
+	t.Helper()
+	for _, half := range []string{"privkey", "pubkey"} {
+		g.pkcs11Tool(t, name, "--delete-object", "--type", half, "--id", id)
+	}
+}
+
+// A key that one of the tokens has is well, and what the others lack for it is no
+// failure. One that none has is.
+func TestCheckTokens(t *testing.T) {
+	g, modules := twoTokens(t)
+	id := keyID(t, g, "rel")
+	g.deleteKey(t, "b", id)
+	modules[1].Set(t, "hide 0x1041") // CKM_ECDSA
+	out := g.must(t, "signwardend", "check", "--dir", g.dir)
+	for _, want := range []string{"ok    key rel", "note  key rel        not in this token", "note  mechanism      the token does not offer CKM_ECDSA"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("check does not say %q:\n%s", want, out)
+		}
+	}
+	g.deleteKey(t, "a", id)
+	r := g.try(t, "signwardend", "check", "--dir", g.dir)
+	if r.code == 0 || strings.Count(r.stdout, "FAIL") != 1 || !strings.Contains(r.stdout, "FAIL  key rel        in none of the tokens") {
+		t.Errorf("exit code %d of a check without the key:\n%s", r.code, r.stdout)
 	}
 }
 

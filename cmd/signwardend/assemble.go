@@ -40,7 +40,25 @@ func (d *dirFlags) load() (config.Config, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return c, exit.Hint(err, "make one with: signwardend init --dir %s --dev", filepath.Dir(path))
 	}
+	if err == nil {
+		err = checkProfiles(c)
+	}
 	return c, err
+}
+
+// checkProfiles is for what config, which knows no tokens, cannot check: before
+// anything is opened, and for a token that is not there either.
+func checkProfiles(c config.Config) error {
+	for _, t := range c.AllTokens() {
+		at := "token.profile"
+		if len(c.Tokens) > 0 {
+			at = fmt.Sprintf("tokens: profile of %s", t.Name)
+		}
+		if _, err := hsm.ProfileNamed(t.Token.Profile); t.Token.Profile != "" && err != nil {
+			return fmt.Errorf("configuration: %s: %w", at, err)
+		}
+	}
+	return nil
 }
 
 // only is the configuration with t as its only token.
@@ -95,29 +113,22 @@ func openToken(ctx context.Context, c config.Config, log *slog.Logger) (*hsm.Poo
 
 // startWorkers opens the token that the configuration names in processes of its
 // own: for what serves.
-func startWorkers(ctx context.Context, conf config.Config, name string, m *metrics.Metrics, log *slog.Logger) (*worker.Token, error) {
+func startWorkers(ctx context.Context, conf config.Config, o worker.Observer, log *slog.Logger) (*worker.Token, error) {
 	c := conf.Token
 	pin, err := readPIN(c)
 	if err != nil {
 		return nil, err
 	}
 	workers, each := split(c.Workers, c.Sessions, runtime.NumCPU())
-	t, err := worker.Open(ctx, worker.Config{
+	return worker.Open(ctx, worker.Config{
 		Module: c.Module, Env: c.Environment, TokenLabel: c.Label, Profile: c.Profile, PIN: pin, Logger: log,
 		ReadPIN: func() (hsm.PIN, error) { return readPIN(c) },
 		Tries:   pinrecord.New(pinRecord(conf), c.Module, c.Label),
 		Workers: workers, Sessions: each, Queue: c.Queue,
 		KeepAlive: time.Duration(c.KeepAlive), CallTimeout: time.Duration(c.CallTimeout), StartTimeout: time.Duration(c.StartTimeout),
 		RecycleAge: time.Duration(c.RecycleAfter), RecycleOps: int64(c.RecycleSignatures),
-		Observer: observeToken(m, name),
+		Observer: o,
 	})
-	if err == nil && m != nil {
-		m.TokenStats(name, func() metrics.TokenStats {
-			s := t.Stats()
-			return metrics.TokenStats{Workers: s.Workers, InFlight: s.InFlight, Waiting: s.Waiting, Sessions: s.Sessions, Up: s.Err == nil}
-		})
-	}
-	return t, err
 }
 
 // split says how many workers there are, and sessions of each: no more sessions
@@ -257,22 +268,25 @@ type token interface {
 func openTokens(ctx context.Context, conf config.Config, m *metrics.Metrics, log *slog.Logger) (_ token, pin func([]byte, crypto.PublicKey), err error) {
 	all := conf.AllTokens()
 	if len(all) == 1 {
-		t, err := startWorkers(ctx, only(conf, all[0]), all[0].Name, m, log)
+		t, err := startWorkers(ctx, only(conf, all[0]), observeToken(m, all[0].Name), log)
 		if err != nil {
 			return nil, nil, err
+		}
+		if m != nil {
+			m.Tokens(func() []metrics.TokenStats { return []metrics.TokenStats{tokenStats(all[0].Name, t.Stats())} })
 		}
 		return t, nil, nil
 	}
 	c := fleet.Config{Logger: log}
 	for _, t := range all {
-		conf := only(conf, t)
+		conf, o := only(conf, t), observeToken(m, t.Name)
 		var refused hsm.PIN // Open and Mended are not called at the same time
 		record := pinrecord.New(pinRecord(conf), conf.Token.Module, conf.Token.Label)
 		c.Members = append(c.Members, fleet.Member{
 			Name: t.Name,
 			Open: func(ctx context.Context) (fleet.Token, error) {
 				refused, _ = readPIN(conf.Token)
-				w, err := startWorkers(ctx, conf, t.Name, m, log.With("token", t.Name))
+				w, err := startWorkers(ctx, conf, o, log.With("token", t.Name))
 				if err != nil {
 					return nil, err
 				}
@@ -288,6 +302,9 @@ func openTokens(ctx context.Context, conf config.Config, m *metrics.Metrics, log
 	f, err := fleet.Open(ctx, c)
 	if err != nil {
 		return nil, nil, err
+	}
+	if m != nil {
+		m.Tokens(func() []metrics.TokenStats { return fleetStats(f.Status()) })
 	}
 	return f, f.Pin, nil
 }

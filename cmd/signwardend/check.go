@@ -29,9 +29,10 @@ func checkCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "check",
 		Short: "Examine configuration, certificates, store, module, token and keys",
-		Long: `check examines everything that serve needs and tells each result. It changes
-nothing, and works beside a gateway that serves. The PIN is tried once, and not
-at all where the token has refused it before: correct the PIN file then, or say
+		Long: `check examines everything that serve needs and tells each result. It works
+beside a gateway that serves, and changes nothing but the PIN record: it makes
+one beside the store where there is none. The PIN is tried once, and not at all
+where the token has refused it before: correct the PIN file then, or say
 signwardend token retry-pin.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return check(cmd.Context(), &d, os.Stdout) },
@@ -71,8 +72,12 @@ func check(ctx context.Context, d *dirFlags, out io.Writer) error {
 	}
 	r.certificates(conf.TLS)
 	state, stored := r.store(ctx, conf.Store)
+	found := map[string]int{}
 	for _, t := range conf.AllTokens() {
-		r.token(ctx, only(conf, t), len(conf.Tokens) > 1, state, stored)
+		r.token(ctx, only(conf, t), len(conf.Tokens) > 1, state, stored, found)
+	}
+	if stored && len(conf.Tokens) > 1 {
+		r.located(state.Keys, found)
 	}
 	if r.bad > 0 {
 		return fmt.Errorf("%d of the checks failed", r.bad)
@@ -153,8 +158,9 @@ func readAudit(ctx context.Context, s store.Store) (rows int64, err error) {
 	}
 }
 
-// token examines one token; several: that it is one of several.
-func (r *report) token(ctx context.Context, conf config.Config, several bool, state store.State, stored bool) {
+// token examines one token; several: that it is one of several. It counts in found
+// the keys that the token has, by name.
+func (r *report) token(ctx context.Context, conf config.Config, several bool, state store.State, stored bool, found map[string]int) {
 	c := conf.Token
 	pool, err := openToken(ctx, conf, slog.New(slog.DiscardHandler))
 	if !r.result("token", err, "%q by %s", c.Label, c.Module) {
@@ -165,9 +171,22 @@ func (r *report) token(ctx context.Context, conf config.Config, several bool, st
 	r.result("module", nil, "%s %s, Cryptoki %s, token %s %s, %d sessions",
 		info.Module, info.ModuleVersion, info.CryptokiVersion, info.TokenModel, info.TokenSerial, info.Sessions)
 	r.profile(info)
-	r.mechanisms(info, state.Keys)
+	var here []keys.Key
 	if stored {
-		r.keys(ctx, pool, several, state.Keys)
+		here = r.keys(ctx, pool, several, state.Keys)
+	}
+	for _, k := range here {
+		found[k.Name]++
+	}
+	r.mechanisms(info, here)
+}
+
+// located sees that each key is in one of several tokens.
+func (r *report) located(all []keys.Key, found map[string]int) {
+	for _, k := range all {
+		if found[k.Name] == 0 {
+			r.result("key "+k.Name, errors.New("in none of the tokens that could be opened: nothing is signed with it; copy its token's backup into one, or add the token that has it"), "")
+		}
 	}
 }
 
@@ -206,15 +225,15 @@ var needs = map[string]struct {
 	"CKM_EDDSA":                   {"Ed25519 keys cannot sign", []keys.Algorithm{keys.Ed25519}},
 }
 
-// mechanisms tells which the token lacks: where a registered key wants one it is
-// a failure.
-func (r *report) mechanisms(info hsm.Info, all []keys.Key) {
+// mechanisms tells which the token lacks: where one of its registered keys wants
+// it, that is a failure.
+func (r *report) mechanisms(info hsm.Info, here []keys.Key) {
 	for _, m := range info.Mechanisms {
 		if m.Offered {
 			continue
 		}
 		n := needs[m.Name]
-		for _, k := range all {
+		for _, k := range here {
 			if slices.Contains(n.signs, k.Algorithm) {
 				r.result("mechanism", fmt.Errorf("the token does not offer %s: %s, and the key %q is one; is this the right token, and the right version of its module?", m.Name, n.what, k.Name), "")
 			}
@@ -223,8 +242,9 @@ func (r *report) mechanisms(info hsm.Info, all []keys.Key) {
 	}
 }
 
-// keys sees that each registered key is in the token and still the same.
-func (r *report) keys(ctx context.Context, pool *hsm.Pool, several bool, all []keys.Key) {
+// keys sees that each registered key is in the token and still the same, and
+// returns those that are.
+func (r *report) keys(ctx context.Context, pool *hsm.Pool, several bool, all []keys.Key) (here []keys.Key) {
 	for _, k := range all {
 		pub, err := pool.PublicKey(ctx, k.ID)
 		if several && errors.Is(err, hsm.ErrNotFound) {
@@ -238,6 +258,9 @@ func (r *report) keys(ctx context.Context, pool *hsm.Pool, several bool, all []k
 		if err == nil && string(der) != string(k.Public) {
 			err = errors.New("the token holds another public key under this id; nothing is signed with it")
 		}
-		r.result("key "+k.Name, err, "%s, %s", k.Algorithm, k.State)
+		if r.result("key "+k.Name, err, "%s, %s", k.Algorithm, k.State) {
+			here = append(here, k)
+		}
 	}
+	return here
 }

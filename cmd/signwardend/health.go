@@ -17,6 +17,7 @@ import (
 	"github.com/signwarden/signwarden/cmd/internal/exit"
 	"github.com/signwarden/signwarden/gateway/config"
 	"github.com/signwarden/signwarden/gateway/metrics"
+	"github.com/signwarden/signwarden/hsm/fleet"
 	"github.com/signwarden/signwarden/hsm/worker"
 )
 
@@ -45,6 +46,23 @@ func observeToken(m *metrics.Metrics, label string) worker.Observer {
 		causes = append(causes, string(c))
 	}
 	return tokenObserver{m.Token(label, causes...)}
+}
+
+func tokenStats(name string, s worker.Stats) metrics.TokenStats {
+	return metrics.TokenStats{Name: name, Workers: s.Workers, InFlight: s.InFlight, Waiting: s.Waiting, Sessions: s.Sessions, Up: s.Err == nil}
+}
+
+// fleetStats are those of every member, also of one that was never open. One that
+// gets no requests is not up, whatever it says of itself.
+func fleetStats(members []fleet.Status) []metrics.TokenStats {
+	var all []metrics.TokenStats
+	for _, m := range members {
+		s := tokenStats(m.Name, m.Stats)
+		s.Up = s.Up && m.State == fleet.Closed
+		s.Several = &metrics.SeveralStats{Breaker: m.State.String(), Opens: m.Opens, Keys: m.Keys, Other: m.Other}
+		all = append(all, s)
+	}
+	return all
 }
 
 // watch serves metrics, where there are any, and keeps what health checks are
@@ -105,7 +123,7 @@ func (d *daemon) watchReadiness(ctx context.Context) {
 		}
 		d.server.SetReady(err == nil)
 		if d.parts.metrics != nil {
-			d.parts.metrics.SetReady(err)
+			d.parts.metrics.SetReady(lacks(err))
 		}
 		switch {
 		case err != nil && (was == nil || was.Error() != err.Error()):
@@ -122,20 +140,48 @@ func (d *daemon) watchReadiness(ctx context.Context) {
 	}
 }
 
-// ready says why no signatures can be had. A token that nobody uses is asked, not
+// The parts for which no signatures can be had, as /readyz names them: to
+// everybody, and the rest to the log.
+var (
+	errToken = errors.New("token")
+	errStore = errors.New("store")
+)
+
+// lacks names the part of which ready has told; a token whose PIN an operator has
+// to see to is one of its own.
+func lacks(err error) string {
+	operator, ok := errors.AsType[interface {
+		error
+		Operator() bool
+	}](err)
+	switch {
+	case err == nil:
+		return ""
+	case ok && operator.Operator():
+		return "pin"
+	case errors.Is(err, errToken):
+		return "token"
+	}
+	return "store"
+}
+
+// ready says why no signatures can be had, by errToken or errStore. A token that nobody uses is asked, not
 // more often than pingEvery; one that is used tells by itself.
 func (p *parts) ready(ctx context.Context, pinged *time.Time) error {
 	s := p.token.Stats()
 	if s.Err != nil {
-		return fmt.Errorf("token: %w", s.Err)
+		return fmt.Errorf("%w: %w", errToken, s.Err)
 	}
 	if s.InFlight == 0 && s.Waiting == 0 && time.Since(*pinged) > pingEvery {
 		*pinged = time.Now()
 		ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 		defer cancel()
 		if err := p.token.Ping(ctx); err != nil {
-			return fmt.Errorf("token: %w", err)
+			return fmt.Errorf("%w: %w", errToken, err)
 		}
 	}
-	return p.gateway.Ready(ctx)
+	if err := p.gateway.Ready(ctx); err != nil {
+		return fmt.Errorf("%w: %w", errStore, err)
+	}
+	return nil
 }

@@ -277,6 +277,9 @@ func (c *Config) check() error {
 			return fmt.Errorf("agents[%d].%w", i, err)
 		}
 	}
+	if network, address := c.Metrics.Network(); network == "unix" && sockets[filepath.Clean(address)] {
+		return fmt.Errorf("metrics.listen: %s is the socket of an entry of agents; give it a path of its own", address)
+	}
 	return nil
 }
 
@@ -314,7 +317,7 @@ func (c *Config) checkTokens() error {
 	if len(c.Tokens) > maxTokens {
 		return fmt.Errorf("tokens: %d are more than %d", len(c.Tokens), maxTokens)
 	}
-	names, places := map[string]bool{}, map[string]bool{}
+	names, places, records := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	primary := 0
 	for i, t := range c.Tokens {
 		at := fmt.Sprintf("tokens[%d]", i)
@@ -330,6 +333,13 @@ func (c *Config) checkTokens() error {
 			return fmt.Errorf("%s: an earlier entry has this module, label and environment", at)
 		}
 		places[place] = true
+		if r := t.Token.PINRecord; r != "" {
+			// What one token accepts would empty what is known of the other.
+			if records[filepath.Clean(r)] {
+				return fmt.Errorf("%s.pin_record: %s is taken by an earlier entry; each token wants a file of its own", at, r)
+			}
+			records[filepath.Clean(r)] = true
+		}
 		if t.Primary {
 			primary++
 		}

@@ -109,6 +109,9 @@ func TestParseErrors(t *testing.T) {
 		{"gpgsm's roots", "p11_socket: p11", "p11_socket: p11, trusted_roots: [a]", "agents[2].trusted_roots"},
 		{"word for another protocol", "p11_socket: p11", "p11_socket: auto", "agents[2].p11_socket: auto is no path"},
 		{"duplicate", "store:", "listen: 1.2.3.4:1\nstore:", "listen"},
+		{"metrics at an agent's socket", "unix:run/metrics", "unix:S.gpg-agent", "metrics.listen: /d/S.gpg-agent is the socket of an entry of agents"},
+		{"metrics at an agent's socket by another path", "unix:run/metrics", "unix:/run/../run/s", "metrics.listen: /run/../run/s is the socket"},
+		{"twice by another path", "p11_socket: p11", "p11_socket: /d/../d/S.gpg-agent", "agents[2].p11_socket: /d/../d/S.gpg-agent is taken"},
 		{"second document", "limits:", "---\nlimits:", "second YAML document"},
 		{"empty", good, "", "empty"},
 	} {
@@ -234,6 +237,7 @@ func TestTokens(t *testing.T) {
 		{"the same twice", "X: ./b", "X: ./a", "tokens[1]: an earlier entry has this"},
 		{"unknown field", "workers: 1", "worker: 1", `unknown field "worker"`},
 		{"none", several[strings.Index(several, "tokens:"):], "", "token.module is missing"},
+		{"one record of two tokens", "workers: 1}\n  - {", "workers: 1, pin_record: r}\n  - {pin_record: /d/x/../r, ", "tokens[1].pin_record: /d/x/../r is taken"},
 	} {
 		if _, err := config.Parse([]byte(strings.Replace(several, tt.old, tt.new, 1)), "/d"); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: got %v, want an error with %q", tt.name, err, tt.want)

@@ -226,10 +226,10 @@ func (a *Agent) check(seen map[string]bool) error {
 	if IsWord(*at) {
 		return fmt.Errorf("%s: %s is no path; only a client's file of sockets has such words", name, *at)
 	}
-	if seen[*at] {
+	if seen[filepath.Clean(*at)] {
 		return fmt.Errorf("%s: %s is taken by an earlier entry", name, *at)
 	}
-	seen[*at] = true
+	seen[filepath.Clean(*at)] = true
 	if err := ident.CheckName(a.Principal); err != nil {
 		return fmt.Errorf("principal: %w", err)
 	}

@@ -38,7 +38,7 @@ const (
 // Metrics is safe for concurrent use. It is a gateway.Observer.
 type Metrics struct {
 	registry *prometheus.Registry
-	ready    atomic.Pointer[error] // nil: nobody has said
+	ready    atomic.Pointer[string] // what is not; nil: nobody has said
 
 	stages  [gateway.Stages]prometheus.Observer
 	ended   map[error]outcome // not written after New
@@ -94,7 +94,7 @@ func New() *Metrics {
 	m.perToken = histogram("signwarden_token_seconds", "Time of signatures at a token: queue (until a worker has room), work (with the worker).", buckets, "token", "part")
 	m.ends = counter("signwarden_worker_ends_total", "Workers that ended, or could not be started, by cause.", "token", "cause")
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "signwarden_ready", Help: "1: signatures can be had."}, func() float64 {
-		if p := m.ready.Load(); p != nil && *p == nil {
+		if p := m.ready.Load(); p != nil && *p == "" {
 			return 1
 		}
 		return 0
@@ -136,12 +136,6 @@ func (m *Metrics) Gateway(inFlight func() int) {
 		func() float64 { return float64(inFlight()) }))
 }
 
-// TokenStats is the state of a token at a moment.
-type TokenStats struct {
-	Workers, InFlight, Waiting, Sessions int
-	Up                                   bool // requests can be answered
-}
-
 // Token is what is counted of one token.
 type Token struct {
 	queue, work prometheus.Observer
@@ -169,44 +163,23 @@ func (t *Token) Answered(queued, worked time.Duration) {
 // Ended tells why a worker ended.
 func (t *Token) Ended(cause string) { t.ends.WithLabelValues(cause).Inc() }
 
-// TokenStats has the state of a token told, asked for at each scrape.
-func (m *Metrics) TokenStats(label string, stats func() TokenStats) {
-	for _, g := range []struct {
-		name, help string
-		of         func(TokenStats) int
-	}{
-		{"signwarden_token_up", "1: the token signs.", func(s TokenStats) int {
-			if s.Up {
-				return 1
-			}
-			return 0
-		}},
-		{"signwarden_token_workers", "Worker processes that take requests.", func(s TokenStats) int { return s.Workers }},
-		{"signwarden_token_in_flight", "Requests that workers have.", func(s TokenStats) int { return s.InFlight }},
-		{"signwarden_token_waiting", "Requests that wait for a worker with room.", func(s TokenStats) int { return s.Waiting }},
-		{"signwarden_token_sessions", "The bound on signatures at the token at a time.", func(s TokenStats) int { return s.Sessions }},
-	} {
-		m.registry.MustRegister(prometheus.NewGaugeFunc(
-			prometheus.GaugeOpts{Name: g.name, Help: g.help, ConstLabels: prometheus.Labels{"token": label}},
-			func() float64 { return float64(g.of(stats())) }))
-	}
-}
-
-// SetReady says whether signatures can be had: err says why not.
-func (m *Metrics) SetReady(err error) { m.ready.Store(&err) }
+// SetReady says whether signatures can be had: lacks names the part for which
+// they cannot, in a word or two; empty: they can. Everybody reads it, so that it
+// is nothing that came from a token, a file or a store.
+func (m *Metrics) SetReady(lacks string) { m.ready.Store(&lacks) }
 
 // Handler serves /metrics, /healthz (this process lives) and /readyz (signatures
-// can be had; else 503, and why not).
+// can be had; else 503, and which part keeps them).
 func (m *Metrics) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		switch err := m.ready.Load(); {
-		case err == nil:
+		switch lacks := m.ready.Load(); {
+		case lacks == nil:
 			answer(w, http.StatusServiceUnavailable, "starting")
-		case *err != nil:
-			answer(w, http.StatusServiceUnavailable, (*err).Error())
+		case *lacks != "":
+			answer(w, http.StatusServiceUnavailable, *lacks)
 		default:
 			answer(w, http.StatusOK, "ok")
 		}

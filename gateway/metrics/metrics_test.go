@@ -73,7 +73,9 @@ func TestEveryOutcome(t *testing.T) {
 func TestCardinality(t *testing.T) {
 	m := metrics.New()
 	tok := m.Token("release", "crash")
-	m.TokenStats("release", func() metrics.TokenStats { return metrics.TokenStats{Workers: 2, Waiting: 7, Up: true} })
+	m.Tokens(func() []metrics.TokenStats {
+		return []metrics.TokenStats{{Name: "release", Workers: 2, Waiting: 7, Up: true}}
+	})
 	f := gatewaytest.New(t, "", func(c *gateway.Config) { c.Observer = m })
 	m.Gateway(f.InFlight)
 	before := series(t, m)
@@ -117,6 +119,35 @@ func TestCardinality(t *testing.T) {
 	}
 }
 
+// Each of several tokens has its series, open or not.
+func TestSeveralTokens(t *testing.T) {
+	m := metrics.New()
+	m.Tokens(func() []metrics.TokenStats {
+		return []metrics.TokenStats{
+			{Name: "a", Up: true, Several: &metrics.SeveralStats{Breaker: "closed", Keys: 9, Other: 2}},
+			{Name: "b", Several: &metrics.SeveralStats{Breaker: "open", Opens: 3}},
+		}
+	})
+	got := series(t, m)
+	for name, want := range map[string]string{
+		`signwarden_token_up{token="a"}`:                        "1",
+		`signwarden_token_up{token="b"}`:                        "0",
+		`signwarden_token_breaker{state="closed",token="a"}`:    "1",
+		`signwarden_token_breaker{state="open",token="a"}`:      "0",
+		`signwarden_token_breaker{state="closed",token="b"}`:    "0",
+		`signwarden_token_breaker{state="half-open",token="b"}`: "0",
+		`signwarden_token_breaker{state="open",token="b"}`:      "1",
+		`signwarden_token_breaker_opens_total{token="b"}`:       "3",
+		`signwarden_token_keys{token="a"}`:                      "9",
+		`signwarden_token_other_keys{token="a"}`:                "2",
+		`signwarden_token_other_keys{token="b"}`:                "0",
+	} {
+		if got[name] != want {
+			t.Errorf("%s is %q, want %q", name, got[name], want)
+		}
+	}
+}
+
 func TestHandler(t *testing.T) {
 	m := metrics.New()
 	for _, tt := range []struct {
@@ -125,9 +156,9 @@ func TestHandler(t *testing.T) {
 		text, gauge string
 	}{
 		{func() {}, 503, "starting", "0"},
-		{func() { m.SetReady(nil) }, 200, "ok", "1"},
-		{func() { m.SetReady(errors.New("token: its PIN is locked")) }, 503, "its PIN is locked", "0"},
-		{func() { m.SetReady(nil) }, 200, "ok", "1"},
+		{func() { m.SetReady("") }, 200, "ok", "1"},
+		{func() { m.SetReady("pin") }, 503, "pin", "0"},
+		{func() { m.SetReady("") }, 200, "ok", "1"},
 	} {
 		tt.set()
 		if code, text := get(t, m, "/readyz"); code != tt.ready || !strings.Contains(text, tt.text) {

@@ -6,8 +6,9 @@
 // refused, and only of that: when a token takes a PIN the file is emptied, so
 // that nothing in it can be held against the PIN that is right. A hash is all
 // there is, too, while a PIN that this process has not seen accepted is being
-// tried. Where the process ends meanwhile it remains, and says that nobody knows
-// what became of the try: the PIN is tried again only where the token is known to
+// tried. Where the process ends meanwhile, or the token's answer does not tell
+// whether it was the PIN, it remains, and says that nobody knows what became of
+// the try: the PIN is tried again only where the token is known to
 // tell of wrong ones, and tells of none.
 //
 // An operator who has mended the token and not the PIN says so by [Forget].
@@ -116,6 +117,9 @@ func Forget(path string) (said string, err error) {
 
 func (e *entry) said() string {
 	at := e.At.Format(time.RFC3339)
+	if e.State == stateTrying && e.Error != "" {
+		return fmt.Sprintf("the PIN was tried at %s, and the token's answer does not tell whether it was wrong (%s)", at, e.Error)
+	}
 	if e.State == stateTrying {
 		return fmt.Sprintf("the PIN was tried at %s, and the program ended, or was killed, before the token answered", at)
 	}
@@ -188,7 +192,10 @@ func (r *Record) end(f *os.File, e entry, pin hsm.PIN, err error) {
 		_ = write(f, nil) // at worst it says that a try had no end, and the next one clears it
 	case ok && refused.Class == hsm.ClassOperator:
 		_ = r.refuse(f, e, pin, refused.Op+": "+refused.Name())
-	case ok && refused.Class != hsm.ClassCrashed:
+	case ok && refused.Unclear() && !same(r.accepted, pin): // it may have been the PIN
+		e.Error = refused.Op + ": " + refused.Name()
+		_ = write(f, &e) // at worst it says less
+	case ok && refused.Class != hsm.ClassCrashed && !refused.Unclear():
 		if !same(r.accepted, pin) {
 			_ = write(f, nil) // the token has answered, and not of the PIN
 		}
@@ -223,7 +230,7 @@ func (r *Record) Refuses(pin hsm.PIN) error {
 	if r.unsaved != nil && same(r.pin, pin) {
 		return r.unsaved
 	}
-	f, err := os.Open(r.path)
+	f, err := os.OpenFile(r.path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -334,7 +341,12 @@ func write(f *os.File, e *entry) error {
 		}
 		b = append(b, '\n')
 	}
-	if st, err := f.Stat(); err == nil && st.Size() == 0 && e == nil {
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	fresh := st.Size() == 0 // and its name may be new to the directory
+	if fresh && e == nil {
 		return nil
 	}
 	// In this order a power failure leaves what is damaged, by which no PIN is
@@ -345,5 +357,13 @@ func write(f *os.File, e *entry) error {
 	if err := f.Truncate(int64(len(b))); err != nil {
 		return err
 	}
-	return f.Sync()
+	if err := f.Sync(); err != nil || !fresh {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(f.Name()))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
 }

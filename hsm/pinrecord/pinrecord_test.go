@@ -16,6 +16,7 @@ import (
 
 var (
 	incorrect = &hsm.Error{Op: "C_Login", Code: pkcs11.CKR_PIN_INCORRECT, Class: hsm.ClassOperator}
+	unclear   = &hsm.Error{Op: "C_Login", Code: pkcs11.CKR_FUNCTION_FAILED, Class: hsm.ClassBusy}
 	gone      = &hsm.Error{Op: "C_Login", Code: pkcs11.CKR_DEVICE_REMOVED, Class: hsm.ClassGone}
 )
 
@@ -43,6 +44,14 @@ func TestTry(t *testing.T) {
 		{name: "accepted, then refused, restarted", before: []any{nil, incorrect}, fresh: true, pin: "1"},
 		{name: "another answer", before: []any{gone}, pin: "1", tried: true},
 		{name: "another answer, restarted", before: []any{gone}, fresh: true, pin: "1", tried: true},
+		// One that may have been of the PIN.
+		{name: "unclear", before: []any{unclear}, pin: "1"},
+		{name: "unclear, restarted", before: []any{unclear}, fresh: true, pin: "1"},
+		{name: "unclear, another PIN", before: []any{unclear}, fresh: true, pin: "2", tried: true},
+		{name: "unclear, restarted, the token tells of wrong ones", before: []any{unclear}, fresh: true, pin: "1", i: info{CountsPINs: true}, tried: true},
+		{name: "unclear, restarted, the token tells of a wrong one", before: []any{unclear}, fresh: true, pin: "1", i: info{CountsPINs: true, WrongPIN: true}},
+		{name: "accepted, then unclear", before: []any{nil, unclear}, pin: "1", tried: true},
+		{name: "accepted, then unclear, and a wrong one", before: []any{nil, unclear}, pin: "1", i: info{WrongPIN: true}},
 		// Without an end: as the token says, where it does.
 		{name: "cut off", before: []any{worker.ErrInterrupted}, pin: "1"},
 		{name: "killed, restarted", before: []any{killed}, fresh: true, pin: "1"},
@@ -153,6 +162,9 @@ func TestRecordDamaged(t *testing.T) {
 	}
 	if _, err := pinrecord.New(filepath.Join(dir, "link"), "m", "l").Try(hsm.Info{}, hsm.NewPIN("1")); err == nil {
 		t.Error("a symbolic link is followed")
+	}
+	if pinrecord.New(filepath.Join(dir, "link"), "m", "l").Refuses(hsm.NewPIN("1")) == nil {
+		t.Error("a symbolic link is followed to one that refuses nothing")
 	}
 	if said, err := pinrecord.Forget(filepath.Join(dir, "missing")); said != "" || err != nil {
 		t.Errorf("Forget of nothing: %q, %v", said, err)
