@@ -26,6 +26,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -310,12 +311,14 @@ func (f *Fleet) Delete(ctx context.Context, id []byte) error {
 	return errors.Join(errs...)
 }
 
-// ReadPIN has every open token read its PIN anew.
+// ReadPIN has every open token read its PIN anew, and asks each again for the keys that
+// it did not have: an operator has perhaps put them there.
 func (f *Fleet) ReadPIN() error {
 	var errs []error
 	for _, m := range f.members {
 		f.mu.Lock()
 		t := m.token
+		maps.DeleteFunc(m.keys, func(_ string, l location) bool { return l != here })
 		f.mu.Unlock()
 		if t != nil {
 			errs = append(errs, t.ReadPIN())

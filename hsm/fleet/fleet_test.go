@@ -264,6 +264,16 @@ func TestOtherKey(t *testing.T) {
 		if err := sign(f); err == nil || !strings.Contains(err.Error(), "another key") || b.count() != 50 {
 			t.Errorf("where both have another key: %v, %d signatures", err, b.count()-50)
 		}
+		a.mu.Lock() // an operator mends one, and says so
+		a.public = has(keyA)
+		a.mu.Unlock()
+		if err := f.ReadPIN(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if err := sign(f); err != nil || a.count() != 1 {
+			t.Errorf("after the copy was mended: %v, %d signatures", err, a.count())
+		}
 	})
 }
 

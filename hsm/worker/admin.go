@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"slices"
 	"sync"
 	"time"
 
@@ -133,12 +132,19 @@ func (t *Token) perform(ctx context.Context, op string, kind byte, body []byte, 
 // are given back; nil where there is none, or ctx ended first.
 func (t *Token) borrow(ctx context.Context) (giveBack func()) {
 	t.mu.Lock()
-	i := slices.IndexFunc(t.live, func(p *process) bool { return !p.draining })
-	if i < 0 {
+	var p *process // that answers, and has the least to finish first
+	for _, q := range t.live {
+		if q.draining {
+			continue
+		}
+		if p == nil || p.stalled && !q.stalled || p.stalled == q.stalled && len(q.inFlight) < len(p.inFlight) {
+			p = q
+		}
+	}
+	if p == nil {
 		t.mu.Unlock()
 		return nil
 	}
-	p := t.live[i]
 	p.draining, p.lent = true, make(chan struct{})
 	p.replace(CauseLent)
 	t.mu.Unlock()
