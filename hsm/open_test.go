@@ -204,17 +204,17 @@ func TestReadPIN(t *testing.T) {
 		mode       os.FileMode
 		want       string // "" is an error
 	}{
-		{"newline", "1234\n", 0o400, "1234"},
-		{"CRLF", "1234\r\n", 0o600, "1234"},
+		{"newline", "q1w2\n", 0o400, "q1w2"},
+		{"CRLF", "q1w2\r\n", 0o600, "q1w2"},
 		{"bare", "12 34", 0o600, "12 34"},
 		{"longest", strings.Repeat("x", hsm.MaxPINFile) + "\r\n", 0o600, strings.Repeat("x", hsm.MaxPINFile)},
 		{"too long", strings.Repeat("x", hsm.MaxPINFile+1), 0o600, ""},
-		{"two lines", "1234\n5678\n", 0o600, ""},
-		{"two newlines", "1234\n\n", 0o600, ""},
+		{"two lines", "q1w2\ne3r4\n", 0o600, ""},
+		{"two newlines", "q1w2\n\n", 0o600, ""},
 		{"empty", "", 0o600, ""},
 		{"only a newline", "\n", 0o600, ""},
-		{"group", "1234", 0o640, ""},
-		{"others", "1234", 0o604, ""},
+		{"group", "q1w2", 0o640, ""},
+		{"others", "q1w2", 0o604, ""},
 	} {
 		t.Run(k.name, func(t *testing.T) {
 			f := filepath.Join(t.TempDir(), "pin")
@@ -225,7 +225,7 @@ func TestReadPIN(t *testing.T) {
 			if pin.Reveal() != k.want || (err == nil) != (k.want != "") {
 				t.Errorf("got %q, %v; want %q", pin.Reveal(), err, k.want)
 			}
-			if err != nil && strings.Contains(err.Error(), "1234") {
+			if err != nil && strings.Contains(err.Error(), "q1w2") {
 				t.Errorf("%q shows the PIN", err)
 			}
 		})
