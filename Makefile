@@ -35,8 +35,9 @@ lint:
 unit:
 	$(GO) test -short ./gateway/... ./cmd/...
 
+# Those that wait most come first, beside all others.
 race:
-	$(GO) test -race -timeout 20m $(PURE) ./hsm/...
+	$(GO) test -race -timeout 20m ./hsm/worker ./hsm/... $(PURE)
 
 # 10,000 damaged files of each format, with an eye on memory, which the race
 # detector would hide.
