@@ -69,6 +69,9 @@ func (g *gate) leave(principal string, took time.Duration) {
 	defer g.mu.Unlock()
 	g.all--
 	in := g.of[principal]
+	if in.took == 0 {
+		in.took = took
+	}
 	in.took += (took - in.took) / 8
 	if in.n--; in.n == 0 {
 		delete(g.of, principal)

@@ -189,6 +189,7 @@ func (s *server) start(h header, body []byte, give func()) {
 func (s *server) work(j job) {
 	for more := true; more; j, more = <-s.jobs {
 		s.answer(j)
+		j = job{} // what it held is let go, and this may wait long for the next
 	}
 }
 

@@ -159,15 +159,16 @@ func (t *stream) receive(ctx context.Context, st grpc.BidiStreamingServer[pb.Sig
 	}
 }
 
-// start has an item signed. There are no more goroutines than places.
+// start has an item signed, by a goroutine that has none, or a new one.
 func (t *stream) start(ctx context.Context, it item) {
 	select {
 	case t.items <- it:
 	default:
 		t.wg.Go(func() {
 			for more := true; more; it, more = <-t.items {
-				t.results <- result{t.sign(ctx, it.SignItem), true}
+				res := t.sign(ctx, it.SignItem)
 				it.give()
+				t.results <- result{res, true}
 				it = item{} // it is done, and this may wait long for the next
 			}
 		})

@@ -207,6 +207,9 @@ func (f *Fleet) Sign(ctx context.Context, by string, weight int, id, digest []by
 		if err == nil || ctx.Err() != nil || !elsewhere(err) {
 			return sig, err
 		}
+		if errors.Is(err, worker.ErrCrashed) && errors.Is(first, worker.ErrCrashed) {
+			return nil, err // two tokens are enough: it is the request
+		}
 		// The error that tells most: not that a token lacks the key, where another
 		// has failed.
 		if first == nil || errors.Is(first, hsm.ErrNotFound) {

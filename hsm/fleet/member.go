@@ -215,6 +215,7 @@ func (m *member) openIt(ctx context.Context, tried chan<- error) bool {
 		m.token, m.err = t, err
 		if err == nil {
 			m.breaker.close()
+			m.crashes = 0
 		}
 		f.mu.Unlock()
 		if tried != nil {
@@ -280,6 +281,7 @@ func (m *member) probe() {
 	}
 	f.mu.Lock()
 	m.breaker.close()
+	m.crashes = 0
 	m.err = nil
 	f.mu.Unlock()
 	m.log.Info("the token works again and gets requests")

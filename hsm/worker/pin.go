@@ -102,6 +102,8 @@ func (t *Token) awaitOperator() {
 // mend has workers start again where an operator has acted, and tells whether
 // they do.
 func (t *Token) mend() bool {
+	t.reading.Lock()
+	defer t.reading.Unlock()
 	t.mu.Lock()
 	pin, refused := t.pin, t.refused
 	t.mu.Unlock()
@@ -146,6 +148,8 @@ func (t *Token) ReadPIN() error {
 	if t.c.ReadPIN == nil {
 		return nil
 	}
+	t.reading.Lock()
+	defer t.reading.Unlock()
 	t.mu.Lock()
 	refused := t.refused
 	t.mu.Unlock()

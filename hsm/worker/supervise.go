@@ -223,16 +223,21 @@ func (t *Token) raise(pause *time.Duration) *process {
 	}
 }
 
+// hopeFor bounds how long after a start that failed others are waited for.
+const hopeFor = 2 * time.Second
+
 // hopeful says whether the next start may well succeed after one that crashed, was cut
 // off, or met a token that did not work: it comes soon, and who has the time waits for
 // it. mu is held.
 func (t *Token) hopeful(err error) bool {
-	t.misses++
+	if t.misses++; t.misses == 1 {
+		t.missed = time.Now()
+	}
 	e, ok := errors.AsType[*hsm.Error](err)
 	if ok && (e.Class == hsm.ClassOperator || e.Class == hsm.ClassRefused) {
 		return false
 	}
-	return t.misses <= t.c.Workers
+	return t.misses <= t.c.Workers && time.Since(t.missed) < hopeFor
 }
 
 // succeed replaces a worker that is old or does not work: first there is the

@@ -140,6 +140,9 @@ type Token struct {
 	watching sync.WaitGroup
 	unwatch  func() // ends the watchdog; called once
 
+	// reading is held while the PIN is read anew and taken: what was read last counts.
+	reading sync.Mutex
+
 	starting chan struct{} // held (a value in it) while a child starts: one login at a time
 	admin    chan struct{} // held while an administrative child lives
 
@@ -158,6 +161,7 @@ type Token struct {
 	mended  chan struct{} // closed when refused is no more
 	down    error         // why the last starts failed; nil where one has succeeded since
 	misses  int           // starts that failed, since one that did not
+	missed  time.Time     // when the first of those did
 	closed  bool
 	slowest time.Duration // time between two answers, of the last while
 	lastly  time.Time     // when there was an answer
