@@ -411,11 +411,27 @@ func (t *Token) again(p *process, c *call) {
 	t.waiting.pushFront(c)
 }
 
+// ended says whether the child has closed its end of the pipe, which its reader will
+// find. It does not wait.
+func (p *process) ended() (ended bool) {
+	p.raw.Control(func(fd uintptr) {
+		var b [1]byte
+		n, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		ended = n == 0 && err == nil
+	})
+	return ended
+}
+
 // lose is called when a child is gone, or talks nonsense. What it had is given
 // to others.
 func (t *Token) lose(p *process, cause error) {
 	t.mu.Lock()
 	t.live = slices.DeleteFunc(t.live, func(q *process) bool { return q == p })
+	for _, q := range t.live {
+		if q.ended() { // at the same time, and nothing that is given to it now is to blame
+			q.stalled = true
+		}
+	}
 	lost := p.inFlight
 	p.inFlight = nil
 	var failed []*call
