@@ -17,76 +17,135 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
-// Those who flood leave places for who has none.
-func TestBoundsReserve(t *testing.T) {
-	f := gatewaytest.New(t, twoTeams, func(c *gateway.Config) { c.MaxInFlight = 16 })
-	f.Key(t, "a-1", keys.Ed25519)
-	f.Key(t, "b-1", keys.Ed25519)
-	alice, bob := gatewaytest.Principal(t, "alice"), gatewaytest.Principal(t, "bob")
-	entered, release := make(chan struct{}, 16), make(chan struct{})
-	f.Token.Before = func(context.Context, []byte) error {
-		entered <- struct{}{}
-		<-release
+// held is a gateway whose token answers nothing before release is closed.
+type held struct {
+	*gatewaytest.Fixture
+	alice, bob ident.Principal // with keys a-1 and b-1
+	entered    chan struct{}   // a request has reached the token
+	release    chan struct{}
+	under      sync.WaitGroup
+}
+
+func newHeld(t *testing.T, change func(*gateway.Config)) *held {
+	t.Helper()
+	h := &held{
+		Fixture: gatewaytest.New(t, twoTeams, change), alice: gatewaytest.Principal(t, "alice"), bob: gatewaytest.Principal(t, "bob"),
+		entered: make(chan struct{}), release: make(chan struct{}),
+	}
+	h.Key(t, "a-1", keys.Ed25519)
+	h.Key(t, "b-1", keys.Ed25519)
+	h.Token.Before = func(context.Context, []byte) error {
+		select {
+		case h.entered <- struct{}{}:
+		case <-h.release:
+		}
+		<-h.release
 		return nil
 	}
-	var wg sync.WaitGroup
-	sign := func(p ident.Principal, key string) {
-		wg.Go(func() {
-			if _, err := f.Sign(t.Context(), p, gatewaytest.Request(key, "text")); err != nil {
-				t.Errorf("within the bounds: %v", err)
-			}
-		})
-		<-entered
+	return h
+}
+
+func (h *held) try(t *testing.T, p ident.Principal, key string) error {
+	_, err := h.Sign(t.Context(), p, gatewaytest.Request(key, "text"))
+	return err
+}
+
+// begin has a request reach the token, where it stays.
+func (h *held) begin(t *testing.T, p ident.Principal, key string) {
+	t.Helper()
+	h.under.Go(func() {
+		if err := h.try(t, p, key); err != nil {
+			t.Errorf("within the bounds: %v", err)
+		}
+	})
+	<-h.entered
+}
+
+// overloaded asserts that a request is refused at once, and returns after how long it
+// may be sent again.
+func (h *held) overloaded(t *testing.T, p ident.Principal, key string) time.Duration {
+	t.Helper()
+	err := h.try(t, p, key)
+	r, ok := errors.AsType[interface {
+		error
+		RetryAfter() time.Duration
+	}](err)
+	if !errors.Is(err, sigerr.Overloaded) || !ok {
+		t.Fatalf("got %v, want Overloaded, and when to try again", err)
 	}
+	return r.RetryAfter()
+}
+
+// Those who flood leave places for who has none.
+func TestBoundsReserve(t *testing.T) {
+	h := newHeld(t, func(c *gateway.Config) { c.MaxInFlight = 16 })
 	for range 14 {
-		sign(alice, "a-1")
+		h.begin(t, h.alice, "a-1")
 	}
-	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.Overloaded) {
-		t.Errorf("alice's fifteenth of sixteen: got %v, want Overloaded", err)
-	}
-	sign(bob, "b-1")
-	close(release)
-	wg.Wait()
+	h.overloaded(t, h.alice, "a-1") // the fifteenth of sixteen
+	h.begin(t, h.bob, "b-1")
+	close(h.release)
+	h.under.Wait()
 }
 
 func TestBounds(t *testing.T) {
-	f := gatewaytest.New(t, twoTeams, func(c *gateway.Config) { c.MaxInFlight, c.MaxPerPrincipal = 3, 2 })
-	f.Key(t, "a-1", keys.Ed25519)
-	f.Key(t, "b-1", keys.Ed25519)
-	alice, bob := gatewaytest.Principal(t, "alice"), gatewaytest.Principal(t, "bob")
-	entered, release := make(chan struct{}, 4), make(chan struct{})
-	f.Token.Before = func(context.Context, []byte) error {
-		entered <- struct{}{}
-		<-release
-		return nil
+	h := newHeld(t, func(c *gateway.Config) { c.MaxInFlight, c.MaxPerPrincipal = 3, 2 })
+	h.begin(t, h.alice, "a-1")
+	h.begin(t, h.alice, "a-1")
+	if after := h.overloaded(t, h.alice, "a-1"); after != 50*time.Millisecond {
+		t.Errorf("alice's third: try again after %v, and nothing is known of how long hers take", after)
 	}
-	var wg sync.WaitGroup
-	sign := func(p ident.Principal, key string) {
-		wg.Go(func() {
-			if _, err := f.Sign(t.Context(), p, gatewaytest.Request(key, "text")); err != nil {
-				t.Errorf("within the bounds: %v", err)
-			}
-		})
-		<-entered
-	}
-	sign(alice, "a-1")
-	sign(alice, "a-1")
-	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); !errors.Is(err, sigerr.Overloaded) {
-		t.Errorf("alice's third: got %v, want Overloaded", err)
-	} else if r, ok := errors.AsType[interface {
-		error
-		RetryAfter() time.Duration
-	}](err); !ok || r.RetryAfter() < 50*time.Millisecond || r.RetryAfter() > time.Second {
-		t.Errorf("alice's third: got %v, want when to try again", err)
-	}
-	sign(bob, "b-1")
-	if _, err := f.Sign(t.Context(), bob, gatewaytest.Request("b-1", "text")); !errors.Is(err, sigerr.Overloaded) {
-		t.Errorf("the fourth of all: got %v, want Overloaded", err)
-	}
-	close(release)
-	wg.Wait()
-	if _, err := f.Sign(t.Context(), alice, gatewaytest.Request("a-1", "text")); err != nil {
+	h.begin(t, h.bob, "b-1")
+	h.overloaded(t, h.bob, "b-1") // the fourth of all
+	close(h.release)
+	h.under.Wait()
+	if err := h.try(t, h.alice, "a-1"); err != nil {
 		t.Errorf("after the others have ended: %v", err)
+	}
+}
+
+// Who is refused is told to wait for half of what his requests take: from the first that
+// has ended, and no longer than a second.
+func TestRetryAfter(t *testing.T) {
+	for took, want := range map[time.Duration]time.Duration{
+		10 * time.Millisecond: 50 * time.Millisecond, 400 * time.Millisecond: 200 * time.Millisecond, 10 * time.Second: time.Second,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			h := newHeld(t, func(c *gateway.Config) { c.MaxPerPrincipal = 2 })
+			rest := make(chan struct{})
+			first := true
+			h.Token.Before = func(context.Context, []byte) error {
+				if first {
+					first = false
+					time.Sleep(took)
+					return nil
+				}
+				<-rest
+				return nil
+			}
+			one := make(chan error)
+			go func() { one <- h.try(t, h.alice, "a-1") }()
+			synctest.Wait()
+			another := func() {
+				h.under.Go(func() {
+					if err := h.try(t, h.alice, "a-1"); err != nil {
+						t.Error(err)
+					}
+				})
+				synctest.Wait()
+			}
+			another()
+			if err := <-one; err != nil {
+				t.Error(err)
+			}
+			another()
+			if after := h.overloaded(t, h.alice, "a-1"); after != want {
+				t.Errorf("where one took %v: try again after %v, want %v", took, after, want)
+			}
+			close(rest)
+			h.under.Wait()
+			h.Close()
+		})
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -64,8 +65,14 @@ func overload(t *testing.T, g *gateway, key string) {
 	flooding := g.ask(t, "flood", key, floodCallers, 10, floodTime)
 	probed := make(chan []time.Duration)
 	ctx, cancel := context.WithCancel(t.Context())
-	go func() { probed <- g.probe(ctx, t, "flood", key) }()
-	time.Sleep(floodTime / 5)
+	refusing := make(chan struct{})
+	go func() { probed <- g.probe(ctx, t, "flood", key, sync.OnceFunc(func() { close(refusing) })) }()
+	select {
+	case <-refusing:
+	case <-flooding:
+		cancel()
+		t.Fatal("nothing was refused beside the flood")
+	}
 	with := lone()
 	cancel()
 	refused := <-probed
@@ -121,8 +128,8 @@ func (g *gateway) ask(t *testing.T, profile, key string, callers, streams int, d
 }
 
 // probe asks, now and then, for what is to be there in a tenth of a second, without trying
-// again, and returns how long refusals took.
-func (g *gateway) probe(ctx context.Context, t *testing.T, profile, key string) []time.Duration {
+// again, and returns how long refusals took. It tells refused of each.
+func (g *gateway) probe(ctx context.Context, t *testing.T, profile, key string, refused func()) []time.Duration {
 	conf, err := client.LoadProfile(g.profile(profile))
 	if err != nil {
 		t.Error(err)
@@ -145,6 +152,7 @@ func (g *gateway) probe(ctx context.Context, t *testing.T, profile, key string) 
 		switch status.Code(err) {
 		case codes.ResourceExhausted:
 			took = append(took, time.Since(began))
+			refused()
 		case codes.OK, codes.Canceled, codes.DeadlineExceeded:
 		default:
 			t.Error(err)

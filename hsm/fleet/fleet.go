@@ -405,17 +405,4 @@ func (f *Fleet) Status() []Status {
 	return all
 }
 
-// Locations are the names of the tokens that are known to have a key.
-func (f *Fleet) Locations(id []byte) []string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var names []string
-	for _, m := range f.members {
-		if m.keys[string(id)] == here {
-			names = append(names, m.Name)
-		}
-	}
-	return names
-}
-
 func (m *member) index() int { return slices.Index(m.f.members, m) }

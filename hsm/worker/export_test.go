@@ -16,6 +16,13 @@ func SetReplacePause(t *testing.T, d time.Duration) {
 	t.Cleanup(func() { replacePause = was })
 }
 
+// Locked calls f while nobody looks at what workers do.
+func Locked(tok *Token, f func()) {
+	tok.mu.Lock()
+	defer tok.mu.Unlock()
+	f()
+}
+
 const KindDone = kindDone
 
 var Frame = func(kind byte, number uint32, body []byte) []byte { return appendFrame(nil, kind, number, body) }

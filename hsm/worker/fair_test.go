@@ -247,6 +247,61 @@ func TestDeadline(t *testing.T) {
 	}
 }
 
+// The bound of the queue: of what is free a flow may have as much again as it has, by its weight.
+func TestQueueBound(t *testing.T) {
+	for weight, most := range map[int]int{1: 50, 4: 80} {
+		tok := &Token{c: Config{Sessions: 1, Queue: 100}, waiting: newQueue()}
+		for n := 0; ; n++ {
+			c := &call{cost: time.Millisecond}
+			tok.waiting.enter(c, "me", weight)
+			err := tok.place(t.Context(), c)
+			if (err != nil) != (n == most) {
+				t.Fatalf("weight %d, %d wait: %v", weight, n, err)
+			}
+			if err != nil {
+				break
+			}
+			tok.waiting.push(c)
+		}
+		other := &call{cost: time.Millisecond}
+		tok.waiting.enter(other, "other", 1)
+		if err := tok.place(t.Context(), other); err != nil {
+			t.Errorf("another, where %d wait: %v", most, err)
+		}
+	}
+}
+
+// A price is what a few answers say, and then what most say: a new key's is that of
+// the others.
+func TestPrice(t *testing.T) {
+	tok := &Token{c: Config{CallTimeout: 16 * time.Second}, prices: map[string]*price{}}
+	p := tok.price([]byte("a"))
+	at := &process{inFlight: []*call{{price: p}}}
+	if p.d != firstPrice || tok.pace(at) != time.Second {
+		t.Errorf("before any answer: %v, pace %v", p.d, tok.pace(at))
+	}
+	for _, tt := range []struct{ took, want time.Duration }{
+		{200 * time.Millisecond, 200 * time.Millisecond}, {400 * time.Millisecond, 300 * time.Millisecond},
+		{300 * time.Millisecond, 300 * time.Millisecond}, {300 * time.Millisecond, 300 * time.Millisecond},
+		{time.Hour, 412500 * time.Microsecond}, // as if four times as long, and that an eighth
+	} {
+		p.learn(tt.took)
+		tok.usual.learn(tt.took)
+		if p.d != tt.want {
+			t.Errorf("after one that took %v: %v, want %v", tt.took, p.d, tt.want)
+		}
+	}
+	if q := tok.price([]byte("b")); q.d != p.d || tok.pace(at) != p.d || tok.price([]byte("a")) != p {
+		t.Errorf("another key's is %v, want %v; pace %v", q.d, p.d, tok.pace(at))
+	}
+	for i := range maxPrices {
+		tok.price(fmt.Append(nil, i))
+	}
+	if n := len(tok.prices); n > maxPrices {
+		t.Errorf("%d prices are kept", n)
+	}
+}
+
 func BenchmarkQueue(b *testing.B) {
 	for _, flows := range []int{1, 10, 1000} {
 		b.Run(fmt.Sprint(flows), func(b *testing.B) {

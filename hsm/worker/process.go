@@ -417,7 +417,7 @@ func (p *process) ended() (ended bool) {
 	p.raw.Control(func(fd uintptr) {
 		var b [1]byte
 		n, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		ended = n == 0 && err == nil
+		ended = n == 0 && err == nil || err == syscall.ECONNRESET // it had not read all
 	})
 	return ended
 }

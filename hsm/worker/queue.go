@@ -196,8 +196,8 @@ func (t *Token) feed(fed []*process) []*process {
 }
 
 // Evict ends with err what waits and what workers have, of signatures those with keys
-// that movable says are elsewhere too: they are asked for there. Workers go on with what they have, and its answers
-// are thrown away.
+// that movable says are elsewhere too: they are asked for there. Workers go on with
+// what they have, and its answers are thrown away.
 func (t *Token) Evict(err error, movable func(id []byte) bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
