@@ -77,7 +77,6 @@ var profiles = []Profile{
 		Why:        []Note{{"a wrong PIN sets CKF_USER_PIN_COUNT_LOW, a login clears it, and other processes see it", "seen with SoftHSM 2.6.1 (TestLoginHangs)"}},
 		Hints: []Note{
 			{"its locks are global to a process: a second session in one brings nothing, a second worker does", "measured, docs/PERFORMANCE.md"},
-			{"it keeps keys in files: it is for development and tests", "SoftHSM README"},
 		},
 		Faults: []Fault{
 			{Note{"a search can miss an object while another one is made", softhsmNews + ", #576"}, "2.7"},
@@ -105,7 +104,6 @@ var profiles = []Profile{
 		Name: "luna", Files: []string{"libCryptoki2", "libcklog2"},
 		Hints: []Note{
 			{"the client takes an appliance for off-line after ReceiveTimeout, by default 20 s: token.call_timeout above it, or workers are killed while it fails over", "Thales Luna Network HSM 7, Timeouts, Network Receive Timeout"},
-			{"after an error that cannot be recovered the module is to be initialised anew: a worker that met one is replaced", "Thales Luna HSM documentation, high-availability groups"},
 		},
 	},
 	{

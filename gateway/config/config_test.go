@@ -2,6 +2,7 @@ package config_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -201,6 +202,20 @@ func TestMetricsListen(t *testing.T) {
 		}
 		if network, _ := c.Metrics.Network(); err != nil || network != tt.network {
 			t.Errorf("%s: %s, %v", tt.metrics, network, err)
+		}
+	}
+}
+
+// The number of tokens, at its bound.
+func TestTokensBound(t *testing.T) {
+	for n, good := range map[int]bool{16: true, 17: false} {
+		text := "listen: 127.0.0.1:7443\ntls: {certificate: a, key: b, client_ca: c}\nstore: {sqlite: db}\ntokens:\n"
+		for i := range n {
+			text += fmt.Sprintf("  - {name: t%d, primary: %v, module: /m.so, label: l%d, pin_file: pin}\n", i, i == 0, i)
+		}
+		_, err := config.Parse([]byte(text), "/d")
+		if (err == nil) != good || err != nil && !strings.Contains(err.Error(), "17 are more than 16") {
+			t.Errorf("%d tokens: %v", n, err)
 		}
 	}
 }

@@ -68,6 +68,9 @@ type Config struct {
 	Logger  *slog.Logger // nil: discards
 }
 
+// maxMembers is as many as Sign can tell that they were tried.
+const maxMembers = 64
+
 // Bounds in time.
 const (
 	openGrace   = 5 * time.Second // for the other members, when one is open
@@ -99,8 +102,8 @@ type Fleet struct {
 // failed, or take too long; those are opened in the background. Where none can be
 // opened it returns all their errors.
 func Open(ctx context.Context, c Config) (*Fleet, error) {
-	if len(c.Members) == 0 {
-		return nil, errors.New("a fleet needs a token")
+	if len(c.Members) == 0 || len(c.Members) > maxMembers {
+		return nil, fmt.Errorf("a fleet of %d tokens: it has 1 to %d", len(c.Members), maxMembers)
 	}
 	f := &Fleet{log: c.Logger, pins: map[string]crypto.PublicKey{}}
 	if f.log == nil {

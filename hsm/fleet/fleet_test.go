@@ -231,6 +231,23 @@ func TestSilent(t *testing.T) {
 	})
 }
 
+// As many tokens as Sign can keep apart, and one at least.
+func TestMembers(t *testing.T) {
+	for n, good := range map[int]bool{0: false, 1: true, 64: true, 65: false} {
+		var c fleet.Config
+		for range n {
+			c.Members = append(c.Members, fleet.Member{Open: func(context.Context) (fleet.Token, error) { return newFake(nil), nil }})
+		}
+		f, err := fleet.Open(t.Context(), c)
+		if (err == nil) != good {
+			t.Errorf("%d tokens: %v", n, err)
+		}
+		if err == nil {
+			f.Close()
+		}
+	}
+}
+
 // A token with another key under the id signs nothing, and there is an alarm.
 func TestOtherKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
