@@ -19,13 +19,23 @@ func main() {
 	if len(os.Args) == 2 && os.Args[1] == worker.Command {
 		os.Exit(worker.Main())
 	}
+	err := exit.Execute(context.Background(), rootCommand())
+	if err != nil {
+		exit.Print(os.Stderr, "signwardend", err)
+	}
+	// Not by returning from main: modules such as SoftHSM 2.6 crash in their
+	// destructors when the process ends the long way.
+	os.Exit(exit.Code(err))
+}
+
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "signwardend",
 		Short: "The Signwarden signing gateway",
 		Long: `signwardend is the Signwarden signing gateway. It reaches private keys that stay
 in a PKCS#11 token, decides who may sign what, verifies and records every
 signature, and serves clients over gRPC with mutual TLS and users of this host
-over gpg-agent sockets.
+over gpg-agent, PKCS#11 and ssh-agent sockets.
 
 Begin with: signwardend init --dir D --dev`,
 		Version:           version(),
@@ -34,13 +44,7 @@ Begin with: signwardend init --dir D --dev`,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
 	root.AddCommand(initCommand(), serveCommand(), clientCommand(), checkCommand(), tokenCommand())
-	err := exit.Execute(context.Background(), root)
-	if err != nil {
-		exit.Print(os.Stderr, "signwardend", err)
-	}
-	// Not by returning from main: modules such as SoftHSM 2.6 crash in their
-	// destructors when the process ends the long way.
-	os.Exit(exit.Code(err))
+	return root
 }
 
 func version() string {
