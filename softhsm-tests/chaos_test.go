@@ -30,6 +30,7 @@ type chaosRun struct {
 	plain   [][]byte // the files before they were signed
 	journal string
 	args    []string
+	said    bytes.Buffer // by the last run that was started, on stderr
 }
 
 func newChaosRun(t *testing.T, n int) *chaosRun {
@@ -60,6 +61,8 @@ func (c *chaosRun) start(t *testing.T) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(filepath.Join(bin, "signwarden"), c.args...)
 	cmd.Env = c.g.env
+	c.said.Reset()
+	cmd.Stderr = &c.said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -199,7 +202,7 @@ func TestChaosGatewayKilled(t *testing.T) {
 		}
 		<-ended
 		if code := cmd.ProcessState.ExitCode(); code != 0 && code != 6 {
-			t.Errorf("the run ended with exit code %d, want 0 or 6", code)
+			t.Errorf("the run ended with exit code %d, want 0 or 6: %s", code, &c.said)
 		}
 		c.finish(t)
 	}

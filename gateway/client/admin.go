@@ -33,11 +33,16 @@ func (c *Client) CreateKey(ctx context.Context, k KeySpec) (Key, error) {
 	return toKey(r.GetKey())
 }
 
-// Key tells of one key that we may see.
+// Key tells of one key that we may see. A gateway that cannot be reached is asked
+// again, for a second or two.
 func (c *Client) Key(ctx context.Context, name string) (Key, error) {
-	r, err := c.keys.GetKey(ctx, &pb.GetKeyRequest{Name: name})
+	var r *pb.GetKeyResponse
+	err := c.persist(ctx, keyAttempts, func() (err error) {
+		r, err = c.keys.GetKey(ctx, &pb.GetKeyRequest{Name: name})
+		return c.wireError(err)
+	})
 	if err != nil {
-		return Key{}, c.wireError(err)
+		return Key{}, err
 	}
 	return toKey(r.GetKey())
 }

@@ -57,9 +57,12 @@ type Config struct {
 
 // A request that the gateway could not serve (Unavailable) or not yet
 // (Overloaded) is sent again, with the same id, so many times in all; the pause
-// doubles from firstPause, with jitter.
+// doubles from firstPause, with jitter. The question for a key, which comes before all
+// else, is asked for as long as a gateway takes to start anew, and no longer: the
+// address may be wrong.
 const (
 	attempts      = 7
+	keyAttempts   = 6
 	firstPause    = 50 * time.Millisecond
 	maxRetryAfter = 2 * time.Second // the longest pause that the gateway can ask for
 )
@@ -256,16 +259,28 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 	if err != nil {
 		return Signature{}, err
 	}
+	var out Signature
+	err = c.persist(ctx, attempts, func() error {
+		res, err := c.signOnce(ctx, it)
+		if err != nil {
+			return err
+		}
+		sig := res.GetSignature()
+		if sig == nil {
+			return pb.FromStatus(status.FromProto(res.GetError()))
+		}
+		out = Signature{Bytes: sig.GetSignature(), Scheme: sig.GetScheme().Scheme(), AuditRow: sig.GetAuditRow()}
+		return nil
+	})
+	return out, err
+}
+
+// persist calls f, so many times at the most, until it succeeds or its error is one
+// that does not pass; within ctx and the client's life.
+func (c *Client) persist(ctx context.Context, attempts int, f func() error) error {
 	pause := firstPause
 	for try := 1; ; try++ {
-		res, err := c.signOnce(ctx, it)
-		if err == nil {
-			sig := res.GetSignature()
-			if sig != nil {
-				return Signature{Bytes: sig.GetSignature(), Scheme: sig.GetScheme().Scheme(), AuditRow: sig.GetAuditRow()}, nil
-			}
-			err = pb.FromStatus(status.FromProto(res.GetError()))
-		}
+		err := f()
 		again := errors.Is(err, sigerr.Unavailable) || errors.Is(err, sigerr.Overloaded)
 		if r, ok := errors.AsType[interface {
 			error
@@ -276,13 +291,13 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 			pause = max(pause, r.RetryAfter())
 		}
 		if !again || try == attempts || c.ctx.Err() != nil {
-			return Signature{}, err
+			return err
 		}
 		select {
 		case <-time.After(pause + mrand.N(pause)):
 			pause *= 2
 		case <-ctx.Done():
-			return Signature{}, err
+			return err
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package grpcapi_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -62,6 +63,40 @@ func TestServerKilled(t *testing.T) {
 	checkSignature(t, s, k, r.ID, r.Hash, r.Digest, got.sig)
 	if n := signed(t, f)[r.ID]; n != 1 || f.Token.Signs() != 1 {
 		t.Errorf("recorded %d times and signed %d times, want once", n, f.Token.Signs())
+	}
+}
+
+// A gateway that starts anew is asked for a key until it is there.
+func TestKeyOfAStartingGateway(t *testing.T) {
+	t.Parallel()
+	f := gatewaytest.New(t, "")
+	k := f.Key(t, "k", keys.P256)
+	s := serve(t, f)
+	cl := s.client(t, "root")
+	s.listener.kill()
+	var l net.Listener
+	wait(t, "the address to be free", func() (free bool) {
+		var err error
+		l, err = net.Listen("tcp", s.addr)
+		return err == nil
+	})
+	got := make(chan error, 1)
+	go func() {
+		key, err := cl.Key(t.Context(), "k")
+		if err == nil && !bytes.Equal(key.SPKI, k.Public) {
+			err = errors.New("it is another key")
+		}
+		got <- err
+	}()
+	c, err := l.Accept() // the first attempt
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	l.Close()
+	s.start(t)
+	if err := <-got; err != nil {
+		t.Fatal(err)
 	}
 }
 
