@@ -69,7 +69,7 @@ func tokenError(err error) error {
 	return tokenFailure(err)
 }
 
-// tokenFailure is sigerr.TokenFailed with what a caller can do about it. Of the token's
+// tokenFailure is sigerr.Unsupported or TokenFailed with what a caller can do about it. Of the token's
 // own words it has the name of the CK_RV, no more: others may name slots.
 func tokenFailure(err error) error {
 	e, ok := errors.AsType[interface {
@@ -84,8 +84,8 @@ func tokenFailure(err error) error {
 	}
 	switch {
 	case e.Refused():
-		return fmt.Errorf("%w: the token refuses this request as it stands (%s); sending it again will not help: use another key, scheme or hash, or ask an administrator",
-			sigerr.TokenFailed, e.Name())
+		return fmt.Errorf("%w: it refuses this request as it stands (%s); sending it again will not help: use another key, scheme or hash, or ask an administrator",
+			sigerr.Unsupported, e.Name())
 	case e.Operator():
 		return fmt.Errorf("%w: the token waits for its operator (%s)", sigerr.TokenFailed, e.Name())
 	case e.Gone():

@@ -33,19 +33,20 @@ func TestTokenFailureIsTold(t *testing.T) {
 	bob := gatewaytest.Principal(t, "bob")
 	for _, tt := range []struct {
 		err  error
+		kind error
 		want string
 	}{
-		{tokenFault{name: "CKR_MECHANISM_INVALID", refused: true}, "refuses this request as it stands (CKR_MECHANISM_INVALID)"},
-		{tokenFault{name: "CKR_DEVICE_REMOVED", gone: true}, "does not work (CKR_DEVICE_REMOVED)"},
-		{tokenFault{name: "CKR_PIN_LOCKED", operator: true}, "waits for its operator (CKR_PIN_LOCKED)"},
-		{tokenFault{name: "CK_RV 0x80000001"}, "CK_RV 0x80000001"},
-		{tokenFault{name: "the module /usr/lib/x.so hung"}, ""},
-		{errors.New("slot 7, serial 4711 is down"), ""},
+		{tokenFault{name: "CKR_MECHANISM_INVALID", refused: true}, sigerr.Unsupported, "refuses this request as it stands (CKR_MECHANISM_INVALID)"},
+		{tokenFault{name: "CKR_DEVICE_REMOVED", gone: true}, sigerr.TokenFailed, "does not work (CKR_DEVICE_REMOVED)"},
+		{tokenFault{name: "CKR_PIN_LOCKED", operator: true}, sigerr.TokenFailed, "waits for its operator (CKR_PIN_LOCKED)"},
+		{tokenFault{name: "CK_RV 0x80000001"}, sigerr.TokenFailed, "CK_RV 0x80000001"},
+		{tokenFault{name: "the module /usr/lib/x.so hung"}, sigerr.TokenFailed, ""},
+		{errors.New("slot 7, serial 4711 is down"), sigerr.TokenFailed, ""},
 	} {
 		f.Token.Before = func(context.Context, []byte) error { return fmt.Errorf("signing: %w", tt.err) }
 		_, err := f.Sign(t.Context(), bob, gatewaytest.Request("b-key", tt.want))
-		if !errors.Is(err, sigerr.TokenFailed) || !strings.Contains(err.Error(), tt.want) {
-			t.Errorf("%v: told %v, want a token failure: %q", tt.err, err, tt.want)
+		if !errors.Is(err, tt.kind) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%v: told %v, want %v: %q", tt.err, err, tt.kind, tt.want)
 			continue
 		}
 		if strings.Contains(err.Error(), "4711") || strings.Contains(err.Error(), "/usr") {

@@ -33,12 +33,12 @@ func TestFaultsThroughGateway(t *testing.T) {
 		{"gone once", []string{"C_SignInit nth=1 rv=0x5"}, nil, ""},
 		{"crash", []string{"C_Sign nth=1 segv"}, nil, ""},
 		{"hang", []string{"C_Sign nth=1 hang"}, nil, ""},
-		{"refused", []string{"C_SignInit rv=0x68"}, sigerr.TokenFailed, "CKR_KEY_FUNCTION_NOT_PERMITTED"},
+		{"refused", []string{"C_SignInit rv=0x68"}, sigerr.Unsupported, "CKR_KEY_FUNCTION_NOT_PERMITTED"},
 		{"busy", []string{"C_SignInit rv=0x31"}, sigerr.Overloaded, "CKR_DEVICE_MEMORY"},
 		{"gone", []string{"C_SignInit rv=0x32"}, sigerr.TokenFailed, "CKR_DEVICE_REMOVED: the token was removed; put it back"},
 		{"crashes", []string{"C_Sign segv"}, sigerr.TokenFailed, "two workers in turn crashed"},
 		{"wrong signature", []string{"C_Sign corrupt"}, sigerr.TokenFailed, "the token's signature does not verify"},
-		{"mechanism not offered", []string{"hide 0x1041"}, sigerr.TokenFailed, "CKR_MECHANISM_INVALID: the token does not offer this mechanism"},
+		{"mechanism not offered", []string{"hide 0x1041"}, sigerr.Unsupported, "CKR_MECHANISM_INVALID: the token does not offer this mechanism"},
 	} {
 		t.Run(k.name, func(t *testing.T) {
 			f.Set(t, k.rules...)

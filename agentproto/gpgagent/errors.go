@@ -64,6 +64,7 @@ var replies = map[error]*assuan.Error{
 	sigerr.Overloaded:      errLimit,
 	sigerr.Timeout:         errTimeout,
 	sigerr.Canceled:        errCanceled,
+	sigerr.Unsupported:     errNotSupported,
 	sigerr.TokenFailed:     errHardware,
 	sigerr.Unavailable:     errNotOperational,
 	sigerr.Unauthenticated: errNotAuth,

@@ -57,6 +57,7 @@ var outcomes = map[error]p11rpc.RV{
 	sigerr.Overloaded:      ckrDeviceMemory, // what clients take for busy, and know by name
 	sigerr.Timeout:         ckrFunctionFailed,
 	sigerr.Canceled:        ckrFunctionCanceled,
+	sigerr.Unsupported:     ckrMechanismInvalid,
 	sigerr.TokenFailed:     ckrDeviceError,
 	sigerr.Unavailable:     ckrDeviceRemoved,
 	sigerr.Unauthenticated: ckrFunctionRejected,

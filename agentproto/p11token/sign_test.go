@@ -302,7 +302,7 @@ func TestOperationState(t *testing.T) {
 func TestErrors(t *testing.T) {
 	want := map[error]p11rpc.RV{
 		sigerr.NotFound: 0x60, sigerr.Denied: 0x200, sigerr.Disabled: 0x68, sigerr.Invalid: 0x20, sigerr.Conflict: 0x6,
-		sigerr.Overloaded: 0x31, sigerr.Timeout: 0x6, sigerr.Canceled: 0x50, sigerr.TokenFailed: 0x30,
+		sigerr.Overloaded: 0x31, sigerr.Timeout: 0x6, sigerr.Canceled: 0x50, sigerr.Unsupported: 0x70, sigerr.TokenFailed: 0x30,
 		sigerr.Unavailable: 0x32, sigerr.Unauthenticated: 0x200,
 		errors.New("anything else"): 0x5, context.DeadlineExceeded: 0x6, context.Canceled: 0x50,
 	}

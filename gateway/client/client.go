@@ -279,8 +279,13 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 // that does not pass; within ctx and the client's life.
 func (c *Client) persist(ctx context.Context, attempts int, f func() error) error {
 	pause := firstPause
+	var last error
 	for try := 1; ; try++ {
 		err := f()
+		if last != nil && ctx.Err() != nil && err != nil {
+			return last // why it took so long
+		}
+		last = err
 		again := errors.Is(err, sigerr.Unavailable) || errors.Is(err, sigerr.Overloaded)
 		if r, ok := errors.AsType[interface {
 			error

@@ -86,6 +86,9 @@ func (c *Client) wireError(err error) error {
 	case st.Code() == codes.Internal:
 		// Not the token's failure, whose code it is: HTTP/2 broke.
 		kind = sigerr.Unavailable
+	case st.Code() == codes.Unimplemented:
+		// Nor the token's.
+		return fmt.Errorf("%s: %s: the gateway does not know this call; is it older than this client?", c.address, st.Message())
 	}
 	return fmt.Errorf("%w: %s: %s", kind, c.address, st.Message())
 }

@@ -46,6 +46,7 @@ var errorCodes = []struct {
 	{sigerr.Overloaded, codes.ResourceExhausted},
 	{sigerr.Timeout, codes.DeadlineExceeded},
 	{sigerr.Canceled, codes.Canceled},
+	{sigerr.Unsupported, codes.Unimplemented},
 	{sigerr.TokenFailed, codes.Internal},
 	{sigerr.Unavailable, codes.Unavailable},
 	{sigerr.Unauthenticated, codes.Unauthenticated},

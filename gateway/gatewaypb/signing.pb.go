@@ -740,7 +740,8 @@ type SignResult_Error struct {
 	// PERMISSION_DENIED (no rule allows it), FAILED_PRECONDITION (disabled),
 	// INVALID_ARGUMENT, ALREADY_EXISTS (id used for other content),
 	// RESOURCE_EXHAUSTED (with RetryInfo), DEADLINE_EXCEEDED, CANCELLED,
-	// INTERNAL (token failure), UNAVAILABLE (may be sent again).
+	// UNIMPLEMENTED (the token makes no such signature), INTERNAL (token failure),
+	// UNAVAILABLE (may be sent again).
 	Error *status.Status `protobuf:"bytes,3,opt,name=error,proto3,oneof"`
 }
 

@@ -170,6 +170,15 @@ func (x *failing) before(_ context.Context, id []byte) error {
 	return f()
 }
 
+// cannot is a token's error that says that the request itself is what it refuses.
+type cannot struct{}
+
+func (cannot) Error() string  { return "C_SignInit: slot 7" }
+func (cannot) Name() string   { return "CKR_MECHANISM_INVALID" }
+func (cannot) Refused() bool  { return true }
+func (cannot) Gone() bool     { return false }
+func (cannot) Operator() bool { return false }
+
 // kindsPolicy lets carol sign with some keys, one of them rarely, and read others.
 const kindsPolicy = gatewaytest.Policy + `
   - {name: rarely, principals: [carol], keys: [rare], may: [sign], formats: [openpgp], blind: true, rate: 1/h}
@@ -191,6 +200,7 @@ func TestErrorOfEachKind(t *testing.T) {
 		"k-fine": nil, "readable": nil, "hidden": nil, "rare": nil, "k-disabled": nil,
 		"k-timeout":  func() error { return context.DeadlineExceeded },
 		"k-canceled": func() error { return context.Canceled },
+		"k-cannot":   func() error { return cannot{} },
 		"k-broken":   func() error { return errors.New("CKR_DEVICE_ERROR in slot 7") },
 		"k-panic":    func() error { panic("slot 7") },
 	} {
@@ -238,6 +248,7 @@ func TestErrorOfEachKind(t *testing.T) {
 		{"beyond the rate", item("rare", "7"), sigerr.Overloaded, codes.ResourceExhausted, 1, nil, nil},
 		{"a token that is late", item("k-timeout", "8"), sigerr.Timeout, codes.DeadlineExceeded, 1, nil, nil},
 		{"a token that was told to stop", item("k-canceled", "9"), sigerr.Canceled, codes.Canceled, 1, nil, nil},
+		{"a token that cannot", item("k-cannot", "13"), sigerr.Unsupported, codes.Unimplemented, 1, nil, nil},
 		{"a token that fails", item("k-broken", "10"), sigerr.TokenFailed, codes.Internal, 1, nil, nil},
 		{"a store that fails", item("k-fine", "11"), sigerr.Unavailable, codes.Unavailable, 0, unrecorded, recorded},
 		{"an expired certificate", item("k-fine", "12"), sigerr.Unauthenticated, codes.Unauthenticated, 0, expire, unexpire},

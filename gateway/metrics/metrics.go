@@ -27,7 +27,7 @@ var buckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05,
 var words = map[error]string{
 	sigerr.NotFound: "not_found", sigerr.Denied: "denied", sigerr.Disabled: "disabled", sigerr.Invalid: "invalid",
 	sigerr.Conflict: "conflict", sigerr.Overloaded: "overloaded", sigerr.Timeout: "timeout", sigerr.Canceled: "canceled",
-	sigerr.TokenFailed: "token_failed", sigerr.Unavailable: "unavailable", sigerr.Unauthenticated: "unauthenticated",
+	sigerr.Unsupported: "unsupported", sigerr.TokenFailed: "token_failed", sigerr.Unavailable: "unavailable", sigerr.Unauthenticated: "unauthenticated",
 }
 
 const (

@@ -39,6 +39,10 @@ var (
 	// Canceled: the caller went away before the request was decided.
 	Canceled = errors.New("canceled")
 
+	// Unsupported: the token does not make such a signature with this key, and will
+	// not however often it is asked.
+	Unsupported = errors.New("not supported by the token")
+
 	// TokenFailed: the token could not sign, or what it returned did not verify.
 	TokenFailed = errors.New("token failure")
 
@@ -54,7 +58,7 @@ var (
 // wraps two (a token failure caused by a deadline), the earlier one is told.
 var kinds = []error{
 	NotFound, Denied, Disabled, Invalid, Conflict, Overloaded,
-	Timeout, Canceled, TokenFailed, Unavailable, Unauthenticated,
+	Timeout, Canceled, Unsupported, TokenFailed, Unavailable, Unauthenticated,
 }
 
 // Kinds returns every sentinel, for tests that check a table for holes.

@@ -41,6 +41,7 @@ var codes = []struct {
 	{sigerr.Overloaded, Unavailable},
 	{sigerr.Timeout, Unavailable},
 	{sigerr.Canceled, Failed},
+	{sigerr.Unsupported, Failed},
 	{sigerr.TokenFailed, Unavailable},
 	{sigerr.Unavailable, Unavailable},
 }
