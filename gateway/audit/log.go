@@ -38,11 +38,13 @@ var ErrClosed = errors.New("audit log is closed")
 //
 // A group is what came while the commit before ran, and, where many entries are
 // announced ([Log.Expect]), what comes of them in the next moment: it is committed
-// when it has a quarter of all that are under way, or of what one caller has under
-// way, or when one of its entries has waited an eighth of the time that it took to come.
+// when it has a quarter of all that are under way, or when one of its entries has waited
+// an eighth of the time that it took to come. A caller's entries are committed without
+// those of others when they are a quarter of what that one has under way.
 // So an entry that comes alone is committed at once, by the goroutine that appends it,
 // one of hundreds pays for little of a commit and waits little longer, and who asks for
-// one signature at a time does not wait for the hundreds of another.
+// one signature at a time neither waits for the hundreds of another nor breaks up their
+// groups.
 type Log struct {
 	sink Sink
 
@@ -52,7 +54,7 @@ type Log struct {
 	spare      []*pending // the memory of the last one
 	coming     int        // entries that are announced
 	callers    map[string]*caller
-	ripe       bool // some caller has a quarter of its entries in waiting
+	ripe       int  // callers that have a quarter of their entries in waiting
 	committing bool // somebody is in commit
 	closed     bool
 	linger     *time.Timer   // calls flush; running while waiting has a group that is not full
@@ -61,11 +63,15 @@ type Log struct {
 }
 
 // caller is what one has under way; one that has nothing is not kept.
-type caller struct{ coming, waiting int }
+type caller struct {
+	name            string
+	coming, waiting int
+	ripe            bool
+}
 
 type pending struct {
 	record Record
-	caller string
+	by     *caller
 	due    time.Time // when it has waited long enough for others
 	row    int64
 	err    error
@@ -85,7 +91,7 @@ func New(sink Sink) *Log {
 // whether the entry was stored; the caller must release nothing. What that
 // leaves at worst is a record of a signature that nobody got.
 func (l *Log) Append(e Entry) (row int64, err error) {
-	return l.append(&pending{record: Record{e.Canonical(), nil}, caller: e.Principal}, nil)
+	return l.append(&pending{record: Record{e.Canonical(), nil}}, e.Principal, nil)
 }
 
 // Expected is an entry that will come.
@@ -107,34 +113,33 @@ func (l *Log) Expect(caller string) *Expected {
 	return x
 }
 
-// of is called with mu held; and so is tidy, when what it returned may be zero.
+// of is called with mu held; and so is tidy, when what one has may have become less.
 func (l *Log) of(name string) *caller {
 	c := l.callers[name]
 	if c == nil {
-		c = &caller{}
+		c = &caller{name: name}
 		l.callers[name] = c
 	}
 	return c
 }
 
-func (l *Log) tidy(name string) {
-	if c := l.callers[name]; c != nil && *c == (caller{}) {
-		delete(l.callers, name)
+func (l *Log) tidy(c *caller) {
+	l.ripen(c)
+	if c.coming == 0 && c.waiting == 0 {
+		delete(l.callers, c.name)
 	}
 }
 
 // Append is [Log.Append] of the entry that was announced, and keeps an answer beside
 // its row. It is called once.
 func (x *Expected) Append(e Entry, answer []byte) (row int64, err error) {
-	return x.l.append(&pending{record: Record{e.Canonical(), answer}, caller: x.caller}, x)
+	return x.l.append(&pending{record: Record{e.Canonical(), answer}}, x.caller, x)
 }
 
 // Cancel says that the entry does not come; after Append it does nothing.
 func (x *Expected) Cancel() {
 	x.l.mu.Lock()
 	x.leave()
-	x.l.ripen(x.caller)
-	x.l.tidy(x.caller)
 	if group := x.l.next(); group != nil {
 		go x.l.run(group)
 	}
@@ -143,37 +148,45 @@ func (x *Expected) Cancel() {
 
 // leave is called with mu held.
 func (x *Expected) leave() {
-	if !x.gone {
-		x.gone = true
-		x.l.coming--
-		x.l.of(x.caller).coming--
+	if x.gone {
+		return
 	}
+	x.gone = true
+	x.l.coming--
+	c := x.l.of(x.caller)
+	c.coming--
+	x.l.tidy(c)
 }
 
-// ripen is called with mu held, when a caller has more waiting, or less to come.
-func (l *Log) ripen(name string) {
-	if c := l.of(name); c.waiting > 0 && 3*c.waiting >= c.coming {
-		l.ripe = true
+// ripen is called with mu held, when a caller has more or less waiting, or to come.
+func (l *Log) ripen(c *caller) {
+	ripe := c.waiting > 0 && 3*c.waiting >= c.coming
+	if ripe && !c.ripe {
+		l.ripe++
 	}
+	if !ripe && c.ripe {
+		l.ripe--
+	}
+	c.ripe = ripe
 }
 
-func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
+func (l *Log) append(p *pending, by string, x *Expected) (row int64, err error) {
 	l.mu.Lock()
-	if x != nil {
-		x.leave()
-	}
 	if l.closed {
-		l.tidy(p.caller)
+		if x != nil {
+			x.leave()
+		}
 		l.mu.Unlock()
 		return 0, ErrClosed
 	}
-	p.due, p.ready = time.Now(), make(chan struct{})
+	p.due, p.ready, p.by = time.Now(), make(chan struct{}), l.of(by)
+	p.by.waiting++
+	l.waiting = append(l.waiting, p)
 	if x != nil {
 		p.due = p.due.Add(min(p.due.Sub(x.since)/8, maxLinger))
+		x.leave()
 	}
-	l.waiting = append(l.waiting, p)
-	l.of(p.caller).waiting++
-	l.ripen(p.caller)
+	l.ripen(p.by)
 	group := l.next()
 	// The earliest counts: an entry that came fast does not wait for as long as one
 	// can that was slow to come.
@@ -183,7 +196,7 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 	}
 	l.mu.Unlock()
 	if group != nil {
-		l.run(group) // p is in it, or in the one after
+		l.run(group) // p is in it, or in one after
 	}
 	<-p.ready
 	return p.row, p.err
@@ -192,24 +205,37 @@ func (l *Log) append(p *pending, x *Expected) (row int64, err error) {
 // next takes the next group where one is full and nobody commits. Who gets one
 // commits it, and calls done. Called with mu held.
 func (l *Log) next() []*pending {
-	if n := len(l.waiting); l.committing || n == 0 || !l.ripe && 3*n < l.coming && n < maxBatch && !l.closed {
+	n := len(l.waiting)
+	switch {
+	case l.committing || n == 0:
 		return nil
+	case 3*n >= l.coming || n >= maxBatch || l.closed:
+		return l.take(false)
+	case l.ripe > 0:
+		return l.take(true)
 	}
-	return l.take()
+	return nil
 }
 
-// take takes the next group, full or not. Called with mu held, while nobody commits.
-func (l *Log) take() []*pending {
+// take takes the next group, full or not: of all callers, or of those that are ripe.
+// Called with mu held, while nobody commits.
+func (l *Log) take(ripe bool) []*pending {
 	l.linger.Stop()
 	l.committing = true
-	all := l.waiting
-	group := all[:min(len(all), maxBatch)]
-	l.waiting = append(l.spare[:0], all[len(group):]...)
+	group, rest := l.spare[:0], l.waiting[:0]
 	l.spare = nil
-	l.ripe = len(l.waiting) > 0 // more have come than one commit takes
+	for _, p := range l.waiting {
+		if len(group) < maxBatch && (p.by.ripe || !ripe) {
+			group = append(group, p)
+		} else {
+			rest = append(rest, p)
+		}
+	}
+	clear(l.waiting[len(rest):])
+	l.waiting = rest
 	for _, p := range group {
-		l.of(p.caller).waiting--
-		l.tidy(p.caller)
+		p.by.waiting--
+		l.tidy(p.by)
 	}
 	return group
 }
@@ -246,7 +272,7 @@ func (l *Log) flush() {
 		l.mu.Unlock()
 		return
 	}
-	group := l.take()
+	group := l.take(false)
 	l.mu.Unlock()
 	l.run(group)
 }

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -114,17 +115,30 @@ func signAll(p *pipe, pool *hsm.Pool, sessions int) {
 // a child that works. Who has requests queued waits for longer than that anyway.
 const holding = 4 * time.Millisecond
 
+// A child that always has work holds its CPU until the kernel next looks, 4 ms on many
+// machines, while the parent, which does not interrupt it, waits to see to whoever has
+// one request at a time. So while there are such, a child offers its CPU after each turn.
+const (
+	turn    = time.Millisecond
+	sharing = time.Second // after the last urgent request
+)
+
 // signOn answers on this thread. Where no other does, answers are held back.
 func signOn(p *pipe, pool *hsm.Pool) {
 	runtime.LockOSThread()
 	ctx := context.Background() // never ends, by which the pool works on this thread; the parent kills what hangs
 	var own, reply []byte
+	var yielded time.Time
 	for {
 		f, next, ok := p.next(own)
 		if !ok {
 			return
 		}
 		own = f.body
+		if p.shared() && f.kind != kindUrgent && time.Since(yielded) > turn {
+			syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
+			yielded = time.Now()
+		}
 		kind := kindDone
 		var err error
 		reply, err = answer(ctx, pool, f, reply[:0])
@@ -140,7 +154,7 @@ var errKind = errors.New("a worker that signs does nothing else")
 // answer does one request that a signing worker knows: none of them writes.
 func answer(ctx context.Context, pool *hsm.Pool, f frame, dst []byte) ([]byte, error) {
 	switch f.kind {
-	case kindSign, kindSuspect:
+	case kindSign, kindSuspect, kindUrgent:
 		id, digest, opts, err := parseSign(f.body)
 		if err != nil {
 			return nil, err
@@ -201,13 +215,17 @@ func write(ctx context.Context, pool *hsm.Pool, f frame) ([]byte, error) {
 // pipe is the child's end. Its calls block their thread: there is nothing else
 // for it to do.
 type pipe struct {
-	reading sync.Mutex // guards the next four; held while one frame is waited for
+	reading sync.Mutex // guards the next six; held while one frame is waited for
 	buf     []byte
 	from    int // where what has not been taken begins
 	to      int // and ends
+	looked  int // up to where there is no frame that goes before others
+	ran     int // frames that went before others, in a row
 	ended   bool
 	alone   bool                   // one thread uses the pipe; set before another could
 	alike   func(a, b []byte) bool // two keys take as long; likewise
+
+	urgent atomic.Int64 // when the last urgent request came, in Unix nanoseconds
 
 	writing sync.Mutex // guards the next two; held while answers are written
 	out     []byte
@@ -222,26 +240,19 @@ type pipe struct {
 func (p *pipe) next(own []byte) (f frame, more, ok bool) {
 	p.reading.Lock()
 	defer p.reading.Unlock()
+	p.glance()
 	for !p.ended {
-		f, n, err := parseFrame(p.buf[p.from:p.to])
+		at, f, n, err := p.choose()
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			break
 		}
 		if n > 0 {
 			f.body = append(own[:0], f.body...)
-			p.from += n
-			g, m, err := parseFrame(p.buf[p.from:p.to])
-			if err != nil || m == 0 || !p.likely(f, g) {
-				return f, false, true
-			}
-			_, m, err = parseFrame(p.buf[p.from+m : p.to])
-			return f, err == nil && m > 0, true
+			p.remove(at, n)
+			return f, p.follows(f), true
 		}
-		if p.from > 0 {
-			p.to = copy(p.buf, p.buf[p.from:p.to])
-			p.from = 0
-		}
+		p.compact()
 		read, errno := p.read(p.buf[p.to:])
 		if errno == syscall.EINTR || errno == syscall.EAGAIN {
 			continue
@@ -253,6 +264,87 @@ func (p *pipe) next(own []byte) (f frame, more, ok bool) {
 	}
 	p.ended = true
 	return frame{}, false, false
+}
+
+// glance reads what has come while the last request was worked on: something may be
+// urgent. It does not wait; that the parent has hung up is found when all is done.
+func (p *pipe) glance() {
+	if p.from == p.to || p.ended {
+		return // next waits anyway
+	}
+	if p.to == len(p.buf) {
+		p.compact()
+	}
+	if p.to == len(p.buf) {
+		return
+	}
+	buf, size := uintptr(unsafe.Pointer(&p.buf[p.to])), uintptr(len(p.buf)-p.to)
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, pipeFD, buf, size, syscall.MSG_DONTWAIT, 0, 0)
+	if errno == 0 {
+		p.to += int(n)
+	}
+}
+
+// shared says whether somebody who has one request at a time was here a moment ago.
+func (p *pipe) shared() bool {
+	return time.Now().UnixNano()-p.urgent.Load() < int64(sharing)
+}
+
+// maxRan is how many urgent requests are done in a row while others wait: those are not
+// forgotten.
+const maxRan = 8
+
+// choose finds the frame whose turn it is, and where it begins; n is its length, 0 where
+// none is here.
+func (p *pipe) choose() (at int, f frame, n int, err error) {
+	first, n, err := parseFrame(p.buf[p.from:p.to])
+	if n == 0 || err != nil || p.ran == maxRan {
+		p.ran = 0
+		return p.from, first, n, err
+	}
+	for {
+		f, m, err := parseFrame(p.buf[p.looked:p.to])
+		if m == 0 || err != nil || f.kind == kindSuspect {
+			break // an error is met when it is its turn
+		}
+		if f.kind == kindUrgent {
+			p.ran++
+			p.urgent.Store(time.Now().UnixNano())
+			return p.looked, f, m, nil
+		}
+		p.looked += m
+	}
+	p.ran = 0
+	return p.from, first, n, nil
+}
+
+// remove takes a frame out.
+func (p *pipe) remove(at, n int) {
+	if at == p.looked {
+		p.looked += n
+	}
+	copy(p.buf[p.from+n:], p.buf[p.from:at])
+	p.from += n
+}
+
+// compact makes room behind what is here.
+func (p *pipe) compact() {
+	if p.from == 0 {
+		return
+	}
+	p.to = copy(p.buf, p.buf[p.from:p.to])
+	p.looked -= p.from
+	p.from = 0
+}
+
+// follows is more, for next.
+func (p *pipe) follows(f frame) bool {
+	g, m, err := parseFrame(p.buf[p.from:p.to])
+	if err != nil || m == 0 || !p.likely(f, g) {
+		return false
+	}
+	_, m, err = parseFrame(p.buf[p.from+m : p.to])
+	return err == nil && m > 0
 }
 
 // patience is how long a child waits for its next request without telling the runtime.

@@ -38,6 +38,27 @@ func Generate(label string, id []byte, algorithm string) []byte {
 	return appendFrame(nil, kindGenerate, 1, generation{label, id, algorithm}.append(nil))
 }
 
+// Order is the order, by their numbers, in which a child does what it has in its buffer:
+// s is a sign request, u an urgent one, x one that is suspect.
+func Order(kinds string) []uint32 {
+	p := &pipe{}
+	for i, k := range kinds {
+		kind := map[rune]byte{'s': kindSign, 'u': kindUrgent, 'x': kindSuspect}[k]
+		p.buf = appendFrame(p.buf, kind, uint32(i), bytes.Repeat([]byte{byte(i)}, 20+i%7))
+	}
+	p.to = len(p.buf)
+	var order []uint32
+	for {
+		at, f, n, err := p.choose()
+		if n == 0 || err != nil || !bytes.Equal(f.body, bytes.Repeat([]byte{byte(f.number)}, 20+int(f.number)%7)) {
+			return order
+		}
+		p.remove(at, n)
+		p.compact()
+		order = append(order, f.number)
+	}
+}
+
 // Reencode parses the first frame of b with its body, and encodes it again.
 func Reencode(b []byte) (again []byte, n int, err error) {
 	f, n, err := parseFrame(b)

@@ -176,11 +176,24 @@ func (q *queue) pop() *call {
 	return c
 }
 
-// begin is pop of a call that did not wait, where none does.
+// begin is pop of a call that did not wait, where none does, or it is urgent.
 func (q *queue) begin(c *call) {
 	f := c.flow
 	q.now = max(q.now, f.finish)
 	f.finish = q.now + c.share()
+}
+
+// urgent says whether a call is to go before those that workers have already: of a flow
+// that has had no more than its share, and has no other waiting, while others are there.
+func (q *queue) urgent(c *call) bool {
+	f := c.flow
+	if q.active < 2 || c.kind != kindSign || c.suspect || c.again {
+		return false
+	}
+	if c.queued {
+		return f.waiting == 1 && f.start <= q.now
+	}
+	return f.waiting == 0 && f.finish <= q.now
 }
 
 // share is how much virtual time a call takes of its flow.

@@ -37,6 +37,7 @@ const (
 	kindReady                    // it is logged in: hsm.Info
 	kindSign                     // sign request; the answer is the signature
 	kindSuspect                  // the same, of one that may have crashed a child: no answer is held over it
+	kindUrgent                   // a sign request that goes before those that wait in the child, but for suspects
 	kindPublic                   // an id; the answer is a public key
 	kindPing                     // no body, nor has its answer
 	kindGenerate                 // of an administrative child

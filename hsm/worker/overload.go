@@ -13,30 +13,20 @@ const DefaultQueue = 4096
 // MaxWeight bounds the weight of a request.
 const MaxWeight = 100
 
-// A worker always has its next request, and what is in a worker waits in the
-// order in which it came. So how much is in one is bounded by time: as long as one
-// caller is there, by aheadAlone and no less than two requests of a session; for
-// sharing after several were there at once, by aheadShared and no less than one.
-// A worker whose answer has to reach the parent before it has another request
-// stands still for some 50 µs: little of the 5 ms of RSA-4096, and half of a P-256
-// signature, of which several fit.
-const (
-	aheadAlone  = 10 * time.Millisecond
-	aheadShared = time.Millisecond
-	sharing     = time.Second
-)
+// ahead is how much a worker has to do, by time and no less than two requests of a
+// session, so that it always has its next request: one whose answer has to reach the
+// parent before it has another stands still for some 50 µs, little of the 5 ms of RSA-4096
+// and half of a P-256 signature.
+const ahead = 10 * time.Millisecond
 
-// roomy says whether a worker takes a further request; mu is held.
-func (t *Token) roomy(p *process) bool {
+// roomy says whether a worker takes a further request. What is urgent does not wait
+// behind what the worker has: for that there is room where it has no other that is. mu is held.
+func (t *Token) roomy(p *process, urgent bool) bool {
 	n, sessions := len(p.inFlight), t.c.Sessions
-	ahead, least := aheadAlone, 2
-	if t.waiting.active > 1 {
-		t.shared = t.clock
+	if urgent {
+		return p.urgent() < sessions
 	}
-	if t.clock.Sub(t.shared) < sharing {
-		ahead, least = aheadShared, 1
-	}
-	return n < sessions*min(least, t.c.Depth) ||
+	return n < sessions*min(2, t.c.Depth) ||
 		n < sessions*t.c.Depth && p.load < ahead*time.Duration(sessions)
 }
 

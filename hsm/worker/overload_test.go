@@ -80,6 +80,72 @@ func TestFair(t *testing.T) {
 	}
 }
 
+// In a child what is urgent goes first, but for what may have crashed another, and does
+// not keep the rest out.
+func TestUrgentOrder(t *testing.T) {
+	for kinds, want := range map[string][]uint32{
+		"":             nil,
+		"sss":          {0, 1, 2},
+		"ssu":          {2, 0, 1},
+		"susu":         {1, 3, 0, 2},
+		"uss":          {0, 1, 2},
+		"xsu":          {0, 2, 1},
+		"sxsu":         {0, 1, 3, 2},
+		"suxu":         {1, 0, 2, 3},
+		"suuuuuuuuuus": {1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 10, 11},
+		"uuuuuuuuuus":  {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10},
+	} {
+		if got := worker.Order(kinds); !slices.Equal(got, want) {
+			t.Errorf("%q: %v, want %v", kinds, got, want)
+		}
+	}
+}
+
+// Who asks for one at a time does not wait behind what a worker has of somebody who floods.
+func TestUrgent(t *testing.T) {
+	c := newToken(t)
+	c.Workers, c.CallTimeout = 1, time.Hour
+	tok := open(t, c)
+	generate(t, tok, "k", "p256")
+	sign := func(by string) {
+		if _, err := tok.Sign(t.Context(), by, 1, []byte("k"), digest(1), crypto.SHA256); err != nil {
+			t.Errorf("%s: %v", by, err)
+		}
+	}
+	for range 50 { // until it is known what one takes
+		sign("flood")
+	}
+	pid := tok.Workers()[0].PID
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resume := sync.OnceFunc(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
+	defer resume()
+	const n = 200
+	answered := make(chan string, n+1)
+	for range n {
+		go func() { sign("flood"); answered <- "flood" }()
+	}
+	until(t, "all wait", func() bool { s := tok.Stats(); return s.Waiting+s.InFlight == n })
+	has := tok.Stats().InFlight
+	if has < 8 {
+		t.Fatalf("the worker has only %d", has)
+	}
+	go func() { sign("lone"); answered <- "lone" }()
+	until(t, "one more is with the worker", func() bool { return tok.Stats().InFlight == has+1 })
+	resume()
+	at := -1
+	for i := range n + 1 {
+		if <-answered == "lone" {
+			at = i
+		}
+	}
+	// The worker has begun one; goroutines are told in no order, of one read at the most.
+	if at > has/2 {
+		t.Errorf("who asked once was answered after %d of %d that the worker had", at, has)
+	}
+}
+
 type busy interface {
 	error
 	Busy() bool
@@ -120,7 +186,7 @@ func TestOverload(t *testing.T) {
 	if got := tok.Stats().Waiting; got != 15 {
 		t.Errorf("%d wait, want half of the places", got)
 	}
-	fill("b", 8) // of what is free, half
+	fill("b", 1+8) // one goes before those that are there, and of what is free half
 	if err := sign(context.Background(), "a"); err == nil {
 		t.Error("who has half of the places gets another")
 	}

@@ -32,7 +32,7 @@ type process struct {
 	dead   chan struct{} // closed when it is gone and reaped
 
 	// Token.mu guards these.
-	inFlight []*call       // in the order in which they were given
+	inFlight []*call       // in the order in which it does them
 	load     time.Duration // what those will take, by estimate
 	number   uint32        // of the last one
 	progress time.Time
@@ -156,13 +156,36 @@ func (p *process) give(c *call) {
 	if p.t.c.Observer != nil {
 		c.given = time.Now()
 	}
-	p.inFlight = append(p.inFlight, c)
+	p.inFlight = slices.Insert(p.inFlight, p.place(c), c)
 	p.load += c.cost
 	kind := c.kind
-	if kind == kindSign && c.suspect {
+	switch {
+	case kind == kindSign && c.suspect:
 		kind = kindSuspect
+	case c.urgent:
+		kind = kindUrgent
 	}
 	p.out = appendFrame(p.out, kind, c.number, c.body)
+}
+
+// place is where among those that the child has it will do c; it has begun the first.
+// Called with Token.mu held.
+func (p *process) place(c *call) int {
+	at := len(p.inFlight)
+	for c.urgent && at > p.t.c.Sessions && !p.inFlight[at-1].urgent && !p.inFlight[at-1].suspect {
+		at--
+	}
+	return at
+}
+
+// urgent is how many of those that it has are. Called with Token.mu held.
+func (p *process) urgent() (n int) {
+	for _, c := range p.inFlight {
+		if c.urgent {
+			n++
+		}
+	}
+	return n
 }
 
 // disown forgets the caller of a request that the child has; false where it
@@ -172,7 +195,7 @@ func (p *process) disown(c *call) bool {
 	if i < 0 {
 		return false
 	}
-	p.inFlight[i] = &call{kind: c.kind, number: c.number, cost: c.cost, price: c.price} // done is nil
+	p.inFlight[i] = &call{kind: c.kind, number: c.number, suspect: c.suspect, urgent: c.urgent, cost: c.cost, price: c.price} // done is nil
 	return true
 }
 
@@ -267,7 +290,6 @@ func (t *Token) take(p *process, b []byte) (used int, err error) {
 	var some [16]lesson
 	lessons := some[:0]
 	t.mu.Lock()
-	t.clock = now
 	busy := len(p.inFlight)
 	for {
 		f, n, ferr := parseFrame(b[used:])

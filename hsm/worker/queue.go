@@ -23,6 +23,7 @@ type call struct {
 	at, given time.Time // when it came, and was given to a worker; where somebody observes
 
 	suspect bool // it was with a worker that died
+	urgent  bool // it was given to its worker as that
 
 	tries int      // workers that failed while they worked on it
 	gone  int      // workers that said that the token does not work
@@ -79,8 +80,8 @@ func (t *Token) do(ctx context.Context, op string, c *call, flow string, weight 
 	c.cost = c.price.d
 	t.waiting.enter(c, flow, min(max(weight, 1), MaxWeight))
 	var p *process
-	if t.waiting.waiting == 0 {
-		p = t.pick(nil)
+	if t.waiting.waiting == 0 || t.waiting.urgent(c) {
+		p = t.pick(c)
 	}
 	if p != nil {
 		t.waiting.begin(c)
@@ -156,16 +157,27 @@ func (t *Token) takeBack(c *call) bool {
 	return false
 }
 
-// pick returns the worker with the least to do that has room, or nil. It prefers one
-// that answers, and is not shunned; one that stalls gets nothing. mu is held.
-func (t *Token) pick(shun *process) *process {
+// pick returns the worker that a call is to be given to, or nil: none has room. mu is held.
+func (t *Token) pick(c *call) *process {
+	c.urgent = t.waiting.urgent(c)
+	p := t.idlest(c)
+	if p == nil && c.urgent {
+		c.urgent = false
+		p = t.idlest(c)
+	}
+	return p
+}
+
+// idlest is the worker with the least to do that has room for a call, or nil. It is one
+// that answers, and is not shunned, where there is; one that stalls gets nothing.
+func (t *Token) idlest(c *call) *process {
 	var best, worse *process
 	for _, p := range t.live {
-		if p.draining || p.stalled || !t.roomy(p) {
+		if p.draining || p.stalled || !t.roomy(p, c.urgent) {
 			continue
 		}
 		to := &best
-		if p == shun || len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout/4 {
+		if p == c.shun || len(p.inFlight) > 0 && time.Since(p.progress) > t.c.CallTimeout/4 {
 			to = &worse
 		}
 		if *to == nil || p.load < (*to).load {
@@ -182,7 +194,7 @@ func (t *Token) pick(shun *process) *process {
 // that it returns.
 func (t *Token) feed(fed []*process) []*process {
 	for c := t.waiting.peek(); c != nil; c = t.waiting.peek() {
-		p := t.pick(c.shun)
+		p := t.pick(c)
 		if p == nil {
 			break
 		}

@@ -159,7 +159,7 @@ func (t *Token) move(p *process) {
 		if c.done == nil || len(c.ghosts) >= maxMoves || t.closed {
 			continue
 		}
-		ghost := &call{kind: c.kind, number: c.number, suspect: c.suspect, twin: c, cost: c.cost, price: c.price}
+		ghost := &call{kind: c.kind, number: c.number, suspect: c.suspect, urgent: c.urgent, twin: c, cost: c.cost, price: c.price}
 		p.inFlight[i] = ghost
 		c.ghosts = append(c.ghosts, ghost)
 		c.suspect = true

@@ -152,8 +152,6 @@ type Token struct {
 	mu      sync.Mutex
 	live    []*process // those that sign; in a fixed order, so that a lone caller finds a warm one
 	waiting *queue
-	clock   time.Time         // when a worker last answered
-	shared  time.Time         // when there were last requests of several callers
 	prices  map[string]*price // of keys, by their id
 	usual   price             // of signatures
 	pin     hsm.PIN
