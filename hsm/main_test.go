@@ -196,6 +196,9 @@ func (f *faulty) GetTokenInfo(slot uint) (pkcs11.TokenInfo, error) {
 }
 
 func (f *faulty) OpenSession(slot, flags uint) (pkcs11.SessionHandle, error) {
+	if flags&pkcs11.CKF_RW_SESSION != 0 {
+		f.hit("read-write session")
+	}
 	if err := f.hit("C_OpenSession"); err != nil {
 		return 0, err
 	}
@@ -262,6 +265,18 @@ func (f *faulty) GenerateKeyPair(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism,
 		return 0, 0, late // failed, but persisted
 	}
 	return a, b, err
+}
+
+func (f *faulty) CreateObject(sh pkcs11.SessionHandle, t []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+	call := fmt.Sprintf("C_CreateObject %d", t[0].Value[0]) // CKA_CLASS
+	if err := f.hit(call); err != nil {
+		return 0, err
+	}
+	h, err := f.API.CreateObject(sh, t)
+	if late := f.hit("after " + call); late != nil {
+		return 0, late // failed, but persisted
+	}
+	return h, err
 }
 
 func (f *faulty) DestroyObject(sh pkcs11.SessionHandle, o pkcs11.ObjectHandle) error {
