@@ -76,6 +76,12 @@ type keyParts struct {
 	open, sensitive []*pkcs11.Attribute // of the public half, and of the private one
 }
 
+// Importable refuses what Import would, whatever the token.
+func Importable(private crypto.PrivateKey) error {
+	_, err := partsOf(private)
+	return err
+}
+
 // partsOf checks a private key: one whose halves do not belong together would
 // sign what nobody can verify, and may give itself away by it.
 func partsOf(private crypto.PrivateKey) (keyParts, error) {

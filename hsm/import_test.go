@@ -326,7 +326,7 @@ func TestList(t *testing.T) {
 	}
 	defer ctx.CloseSession(sh)
 	set := pkcs11.NewAttribute
-	const many = 300 // more than are found at once
+	const many = 70 // more than are found at once
 	for i := range many {
 		_, err := ctx.CreateObject(sh, []*pkcs11.Attribute{
 			set(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), set(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES), set(pkcs11.CKA_TOKEN, true),

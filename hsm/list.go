@@ -54,12 +54,12 @@ type Object struct {
 	Serial  string // hexadecimal
 }
 
-// Bounds of List: objects of a token, bytes of a label, of an id and of a subject
-// that it tells, and handles that the token is asked for at a time.
+// Bounds of List: objects of a token, bytes of a label, id, subject and serial
+// number that it tells, and handles that the token is asked for at a time.
 const (
 	MaxObjects = 10_000
 	MaxTold    = 1 << 10
-	findAtOnce = 256
+	findAtOnce = 64
 )
 
 // List tells of every public, private and secret key and certificate in the token.
@@ -234,7 +234,7 @@ func (w *worker) describeCertificate(h pkcs11.ObjectHandle, o *Object) error {
 		return nil
 	}
 	o.Subject, o.Serial = c.Subject.String(), fmt.Sprintf("%x", c.SerialNumber)
-	o.Subject = o.Subject[:min(len(o.Subject), MaxTold)]
+	o.Subject, o.Serial = o.Subject[:min(len(o.Subject), MaxTold)], o.Serial[:min(len(o.Serial), MaxTold)]
 	o.Algorithm = Algorithm(c.PublicKey)
 	switch k := c.PublicKey.(type) {
 	case *rsa.PublicKey:
