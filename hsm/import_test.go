@@ -154,7 +154,8 @@ func TestImportRefuses(t *testing.T) {
 	if err := p.ImportCertificate(ctx, []byte("c"), certificate(t, good, "first")); err != nil {
 		t.Fatal(err)
 	}
-	mixed := &ecdsa.PrivateKey{PublicKey: other.PublicKey, D: good.D}
+	mixed := *good
+	mixed.PublicKey = other.PublicKey
 	small := newRSA(t, 1024)
 	before := list(t, p)
 	f.arm(nil)
@@ -174,7 +175,7 @@ func TestImportRefuses(t *testing.T) {
 		{"no id", imp("new", "", good), "label and an id", nil},
 		{"small RSA", imp("new", "new", small), "1024 bits", nil},
 		{"P-521", imp("new", "new", newEC(t, elliptic.P521())), "P-256 or P-384", nil},
-		{"halves of two keys", imp("new", "new", mixed), "belong together", nil},
+		{"halves of two keys", imp("new", "new", &mixed), "belong together", nil},
 		{"a public key", imp("new", "new", good.Public()), "*ecdsa.PublicKey", nil},
 		{"nothing", imp("new", "new", nil), "nil", nil},
 		{"certificate of another key", p.ImportCertificate(ctx, []byte("k"), certificate(t, other, "other")), "another key", nil},
