@@ -103,7 +103,12 @@ func (k *KeySpec) check(now time.Time, canCertify bool) error {
 		return fmt.Errorf("%w: layout %q is neither %q nor %q", sigerr.Invalid, k.Layout, keys.Subkey, keys.Single)
 	case !k.Expires.IsZero() && !k.Expires.After(now):
 		return fmt.Errorf("%w: the certificate would expire at %s, which is past", sigerr.Invalid, k.Expires.UTC().Format(time.RFC3339))
-	case len(k.UserID) > 255 || !utf8.ValidString(k.UserID) || strings.ContainsFunc(k.UserID, unicode.IsControl):
+	}
+	return checkUserID(k.UserID)
+}
+
+func checkUserID(s string) error {
+	if len(s) > 255 || !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
 		return fmt.Errorf("%w: the user id must be UTF-8 of at most 255 bytes without control characters", sigerr.Invalid)
 	}
 	return nil
@@ -262,10 +267,7 @@ func (g *Gateway) destroy(ctx context.Context, pairs []store.Pending) {
 	var gone [][]byte
 	for _, p := range pairs {
 		err := g.c.Token.Delete(ctx, p.ID)
-		if missing, ok := errors.AsType[interface {
-			error
-			NotFound() bool
-		}](err); err == nil || ok && missing.NotFound() {
+		if err == nil || missing(err) {
 			gone = append(gone, p.ID)
 			continue
 		}

@@ -253,6 +253,8 @@ func (g *Gateway) beginOpenPGP(ctx context.Context, p ident.Principal, frontEnd,
 	case err != nil:
 	case k.OpenPGP == nil:
 		err = fmt.Errorf("%w: key %s has no OpenPGP certificate", sigerr.Invalid, name)
+	case k.OpenPGP.OffLine():
+		err = fmt.Errorf("%w: the primary key of the certificate of %s is in no token, and the gateway cannot certify with it: change the certificate where the primary key is; `signwarden key disable` stops the key here", sigerr.Invalid, name)
 	case g.c.Amend == nil:
 		err = fmt.Errorf("%w: this gateway changes no OpenPGP certificates", sigerr.Invalid)
 	case k.State != keys.Enabled && !revoke:

@@ -33,6 +33,25 @@ func (c *Client) CreateKey(ctx context.Context, k KeySpec) (Key, error) {
 	return toKey(r.GetKey())
 }
 
+// Adoption says which key of the gateway's token to register.
+type Adoption struct {
+	Name      string
+	TokenID   []byte // CKA_ID
+	OpenPGP   []byte // a certificate in which it may sign, armored or not; nil: none
+	PrimaryID []byte // CKA_ID of the certificate's primary key, where that is another one in the token
+}
+
+// AdoptKey registers a key that is in the gateway's token and was not made by CreateKey.
+func (c *Client) AdoptKey(ctx context.Context, a Adoption) (Key, error) {
+	r, err := c.keys.AdoptKey(ctx, &pb.AdoptKeyRequest{
+		Name: a.Name, TokenId: a.TokenID, OpenpgpCertificate: a.OpenPGP, OpenpgpPrimaryId: a.PrimaryID,
+	})
+	if err != nil {
+		return Key{}, c.wireError(err)
+	}
+	return toKey(r.GetKey())
+}
+
 // Key tells of one key that we may see.
 func (c *Client) Key(ctx context.Context, name string) (Key, error) {
 	r, err := c.keys.GetKey(ctx, &pb.GetKeyRequest{Name: name})
