@@ -27,7 +27,7 @@ var (
 	// ErrMalformed: it is no private key in a form that we read, or a damaged one.
 	ErrMalformed = errors.New("no private key that can be read")
 	// ErrPassphrase: there is none, or it is not the key's.
-	ErrPassphrase = errors.New("the passphrase is not the key's")
+	ErrPassphrase = errors.New("the key's passphrase is needed")
 	// ErrUnsupported: it is encrypted in a way, or of a kind, that others can read.
 	ErrUnsupported = errors.New("unsupported")
 	// ErrWhich: there are several keys in the file, and it was not said which.
@@ -126,7 +126,7 @@ func parseOpenSSH(block *pem.Block, o Options) (crypto.PrivateKey, error) {
 		}
 		defer clear(pass)
 		if key, err = ssh.ParseRawPrivateKeyWithPassphrase(text, pass); errors.Is(err, x509.IncorrectPasswordError) {
-			return nil, ErrPassphrase
+			return nil, fmt.Errorf("%w: that was not it", ErrPassphrase)
 		}
 	}
 	if err != nil {

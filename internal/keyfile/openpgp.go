@@ -81,7 +81,7 @@ func parseOpenPGP(b []byte, armored bool, o Options) (crypto.PrivateKey, error) 
 		}
 		defer clear(pass)
 		if err := c.Decrypt(pass); err != nil {
-			return nil, fmt.Errorf("%w, or its protection is not supported", ErrPassphrase)
+			return nil, fmt.Errorf("%w: that was not it, or the protection is not supported", ErrPassphrase)
 		}
 	}
 	return plain(c.PrivateKey)
