@@ -118,20 +118,11 @@ func checkUserID(s string) error {
 // specification has a user id, and registers it. Needs an admin rule for the
 // name. On an error nothing is registered, and what was generated is destroyed.
 func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd string, spec KeySpec) (keys.Key, error) {
-	a, err := g.begin(ctx, p, "key.create", spec.Name, frontEnd)
+	a, err := g.beginKey(ctx, p, "key.create", spec.Name, frontEnd, func(now time.Time) error {
+		return spec.check(now, g.c.Certify != nil)
+	})
 	if err != nil {
 		return keys.Key{}, err
-	}
-	if err := spec.check(a.e.Time, g.c.Certify != nil); err != nil {
-		return keys.Key{}, g.fail(a, audit.Denied, err)
-	}
-	d := a.s.rules.Allow(policy.Query{Principal: p.Name(), Key: spec.Name, Action: policy.Admin, Now: a.e.Time})
-	if !d.Allowed {
-		return keys.Key{}, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
-	}
-	a.e.Rule = d.Rule
-	if err := g.reserve(spec.Name); err != nil {
-		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
 	defer g.unreserve(spec.Name)
 
@@ -154,11 +145,9 @@ func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd str
 
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	// Asked again: the rules may have changed while the token worked.
-	d = g.snap.Load().rules.Allow(policy.Query{Principal: p.Name(), Key: spec.Name, Action: policy.Admin, Now: g.c.Now()})
-	if !d.Allowed {
+	if err := g.mayRegister(p, spec.Name); err != nil {
 		g.destroy(ctx, ids)
-		return keys.Key{}, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
+		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
 	err = g.commit(ctx, a, store.Change{CreateKey: &k, Forget: pairIDs(ids)}, func(s *snapshot) bool { return s.keys.Get(k.Name) != nil })
 	if err != nil {
@@ -193,23 +182,6 @@ func pairIDs(pairs []store.Pending) [][]byte {
 		out[i] = p.ID
 	}
 	return out
-}
-
-// reserve keeps two acts from generating under one name at a time.
-func (g *Gateway) reserve(name string) error {
-	g.admin.Lock()
-	defer g.admin.Unlock()
-	if g.creating[name] || g.snap.Load().keys.Get(name) != nil {
-		return fmt.Errorf("%w: a key %q exists; choose another name", sigerr.Conflict, name)
-	}
-	g.creating[name] = true
-	return nil
-}
-
-func (g *Gateway) unreserve(name string) {
-	g.admin.Lock()
-	defer g.admin.Unlock()
-	delete(g.creating, name)
 }
 
 // generate makes the pair, or with the subkey layout the two pairs, and the

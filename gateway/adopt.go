@@ -62,23 +62,12 @@ func (a *Adoption) check(canInspect bool) error {
 // Before it is registered the key has made one signature, which verifies with the public
 // key that the token shows; that one is pinned from then on, as with CreateKey.
 func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd string, ad Adoption) (keys.Key, error) {
-	a, err := g.begin(ctx, p, "key.adopt", ad.Name, frontEnd)
+	a, err := g.beginKey(ctx, p, "key.adopt", ad.Name, frontEnd, func(time.Time) error { return ad.check(g.c.Inspect != nil) })
 	if err != nil {
 		return keys.Key{}, err
 	}
-	if err := ad.check(g.c.Inspect != nil); err != nil {
-		return keys.Key{}, g.fail(a, audit.Denied, err)
-	}
-	a.e.Detail = fmt.Sprintf("token %q, id %x", g.c.TokenLabel, ad.ID)
-	d := a.s.rules.Allow(policy.Query{Principal: p.Name(), Key: ad.Name, Action: policy.Admin, Now: a.e.Time})
-	if !d.Allowed {
-		return keys.Key{}, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
-	}
-	a.e.Rule = d.Rule
-	if err := g.reserve(ad.Name); err != nil {
-		return keys.Key{}, g.fail(a, audit.Denied, err)
-	}
 	defer g.unreserve(ad.Name)
+	a.e.Detail = fmt.Sprintf("token %q, id %x", g.c.TokenLabel, ad.ID)
 	k, err := g.examine(ctx, ad)
 	if err != nil {
 		return keys.Key{}, g.unadopted(a, ad, err)
@@ -93,13 +82,11 @@ func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd stri
 	}
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	// Asked again: the rules may have changed while the token worked.
-	s := g.snap.Load()
-	if d = s.rules.Allow(policy.Query{Principal: p.Name(), Key: ad.Name, Action: policy.Admin, Now: g.c.Now()}); !d.Allowed {
-		return keys.Key{}, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
+	if err := g.mayRegister(p, ad.Name); err != nil {
+		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
-	// And only now: another one may have adopted it meanwhile, and nobody can any more.
-	if err := g.unclaimed(ctx, s, p, &k); err != nil {
+	// Not before: another one may have adopted it meanwhile, and nobody can any more.
+	if err := g.unclaimed(ctx, g.snap.Load(), p, &k); err != nil {
 		return keys.Key{}, g.unadopted(a, ad, err)
 	}
 	err = g.commit(ctx, a, store.Change{CreateKey: &k}, func(s *snapshot) bool {

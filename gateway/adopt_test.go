@@ -22,17 +22,6 @@ import (
 	"github.com/signwarden/signwarden/gateway/store"
 )
 
-// put brings a new key into the token, as an operator would.
-func put(t *testing.T, f *gatewaytest.Fixture, id string) crypto.PublicKey {
-	t.Helper()
-	pub, k, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.Token.Put([]byte(id), k)
-	return pub
-}
-
 func adopt(t *testing.T, f *gatewaytest.Fixture, who string, a gateway.Adoption) (keys.Key, error) {
 	t.Helper()
 	return f.AdoptKey(t.Context(), gatewaytest.Principal(t, who), "test", a)
@@ -44,7 +33,7 @@ func TestAdoptKey(t *testing.T) {
 	f := gatewaytest.New(t, admins, func(c *gateway.Config) {
 		c.Pin = func(id []byte, pub crypto.PublicKey) { mu.Lock(); pinned[string(id)] = pub; mu.Unlock() }
 	})
-	plain, single, sub, offline, primary := put(t, f, "1"), put(t, f, "2"), put(t, f, "3"), put(t, f, "4"), put(t, f, "5")
+	plain, single, sub, offline, primary := f.Put(t, "1"), f.Put(t, "2"), f.Put(t, "3"), f.Put(t, "4"), f.Put(t, "5")
 	elsewhere, _, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -121,8 +110,8 @@ func TestAdoptKey(t *testing.T) {
 func TestAdoptKeyRefused(t *testing.T) {
 	f := gatewaytest.New(t, admins)
 	made := certified(t, f, "a-made", keys.Subkey)
-	pub, _ := put(t, f, "free"), put(t, f, "other")
-	primary := put(t, f, "primary")
+	pub, _ := f.Put(t, "free"), f.Put(t, "other")
+	primary := f.Put(t, "primary")
 	f.Token.Put([]byte("copy"), f.Token.Signer(made.ID))
 	p521, err := ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
 	if err != nil {
@@ -220,7 +209,7 @@ func TestAdoptKeyFails(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := gatewaytest.New(t, admins)
-			put(t, f, "k")
+			f.Put(t, "k")
 			c.spoil(f)
 			_, err := adopt(t, f, "root", gateway.Adoption{Name: "a-k", ID: []byte("k")})
 			if !errors.Is(err, c.want) {
@@ -242,7 +231,7 @@ func TestAdoptKeyFails(t *testing.T) {
 // Of two who adopt one key at a time one does.
 func TestAdoptKeyTwice(t *testing.T) {
 	f := gatewaytest.New(t, admins)
-	put(t, f, "k")
+	f.Put(t, "k")
 	var wg sync.WaitGroup
 	errs := make([]error, 8)
 	for i := range errs {
@@ -268,7 +257,7 @@ func TestAdoptKeyTwice(t *testing.T) {
 // certificate.
 func TestAdoptSecondSubkey(t *testing.T) {
 	f := gatewaytest.New(t, admins)
-	first, second, primary := put(t, f, "1"), put(t, f, "2"), put(t, f, "p")
+	first, second, primary := f.Put(t, "1"), f.Put(t, "2"), f.Put(t, "p")
 	// The certificate has both; the fake reads the one that is asked for.
 	for _, c := range []struct {
 		who, name string

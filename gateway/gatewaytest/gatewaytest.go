@@ -92,6 +92,18 @@ func (f *Fixture) Key(t testing.TB, name string, a keys.Algorithm) keys.Key {
 	return k
 }
 
+// Put brings a new Ed25519 key into the token, as somebody else would, and returns its
+// public half.
+func (f *Fixture) Put(t testing.TB, id string) crypto.PublicKey {
+	t.Helper()
+	pub, k, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Token.Put([]byte(id), k)
+	return pub
+}
+
 // Request is a well-formed request for a SHA-256 digest of text.
 func Request(key, text string) gateway.Request {
 	sum := sha256.Sum256([]byte(text))

@@ -54,22 +54,11 @@ func manyKeys(t *testing.T, n int) []keys.Key {
 	return all
 }
 
-// put brings a new key into the token, as an operator would.
-func put(t *testing.T, f *gatewaytest.Fixture, id string) crypto.PublicKey {
-	t.Helper()
-	pub, k, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.Token.Put([]byte(id), k)
-	return pub
-}
-
 // A key that others brought into the token is adopted, with its certificate.
 func TestAdoptKey(t *testing.T) {
 	t.Parallel()
 	f := gatewaytest.New(t, kindsPolicy)
-	pub, primary := put(t, f, "theirs"), put(t, f, "primary")
+	pub, primary := f.Put(t, "theirs"), f.Put(t, "primary")
 	s := serve(t, f)
 	root := s.client(t, "root")
 	cert := gatewaytest.Certificate(t, "A <a@example.org>", pub, primary)
@@ -396,7 +385,7 @@ func TestEveryMethod(t *testing.T) {
 	})
 	f.Key(t, "k", keys.Ed25519)
 	f.Key(t, "other", keys.Ed25519)
-	put(t, f, "theirs")
+	f.Put(t, "theirs")
 	if _, err := f.CreateKey(t.Context(), f.Root, "test", gateway.KeySpec{Name: "pgp", Algorithm: keys.Ed25519, UserID: "p"}); err != nil {
 		t.Fatal(err)
 	}
