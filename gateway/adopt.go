@@ -25,6 +25,8 @@ const (
 	MaxOpenPGP = 128 << 10
 )
 
+var errLongOpenPGP = fmt.Errorf("%w: the OpenPGP certificate has more than %d bytes; gpg --export-options export-minimal leaves out what others certified", sigerr.Invalid, MaxOpenPGP)
+
 // Adoption says which key of the token to register, and how.
 type Adoption struct {
 	Name string
@@ -46,7 +48,7 @@ func (a *Adoption) check(canInspect bool) error {
 	case len(a.OpenPGP) == 0 && len(a.PrimaryID) > 0:
 		return fmt.Errorf("%w: a primary key is of an OpenPGP certificate; give that too", sigerr.Invalid)
 	case len(a.OpenPGP) > MaxOpenPGP:
-		return fmt.Errorf("%w: the OpenPGP certificate has more than %d bytes; gpg --export-options export-minimal leaves out what others certified", sigerr.Invalid, MaxOpenPGP)
+		return errLongOpenPGP
 	case len(a.OpenPGP) > 0 && !canInspect:
 		return fmt.Errorf("%w: this gateway takes no OpenPGP certificates", sigerr.Invalid)
 	case bytes.Equal(a.ID, a.PrimaryID):
@@ -214,4 +216,45 @@ func (g *Gateway) unclaimed(ctx context.Context, s *snapshot, p ident.Principal,
 		}
 	}
 	return nil
+}
+
+// certifies says whether the gateway can change the certificate of a key.
+func certifies(k *keys.Registered) error {
+	if !k.OpenPGP.OffLine() {
+		return nil
+	}
+	return fmt.Errorf("%w: the primary key of the certificate of %s is in no token, and the gateway cannot certify with it: change the certificate where the primary key is, then `signwarden key openpgp replace`; `signwarden key disable` stops the key here", sigerr.Invalid, k.Name)
+}
+
+// replacement reads a certificate that was changed where its primary key is, for each key
+// in it. One that is enabled may sign in it still.
+func (g *Gateway) replacement(s *snapshot, k *keys.Registered, cert []byte) ([]store.SetOpenPGP, error) {
+	switch {
+	case g.c.Inspect == nil:
+		return nil, fmt.Errorf("%w: this gateway takes no OpenPGP certificates", sigerr.Invalid)
+	case !k.OpenPGP.OffLine():
+		return nil, fmt.Errorf("%w: the primary key of the certificate of %s is in the token: have the gateway change it, with renew, add-uid, rotate or revoke", sigerr.Invalid, k.Name)
+	}
+	now := g.c.Now()
+	in, err := g.c.Inspect(cert, k.PublicKey, now)
+	if err != nil {
+		return nil, err
+	}
+	primary, err := x509.MarshalPKIXPublicKey(in.Primary)
+	if err != nil || !bytes.Equal(primary, k.OpenPGP.PrimaryPublic) {
+		return nil, fmt.Errorf("%w: it is a certificate of another primary key", sigerr.Invalid)
+	}
+	var set []store.SetOpenPGP
+	for _, other := range s.together(k) {
+		o := store.SetOpenPGP{Name: other.Name, Certificate: in.Certificate, Expires: other.OpenPGP.Expires}
+		its, err := g.c.Inspect(cert, other.PublicKey, now)
+		if err != nil && other.State == keys.Enabled {
+			return nil, fmt.Errorf("key %s, of the same certificate: %w", other.Name, err)
+		}
+		if err == nil {
+			o.Expires = its.Expires
+		}
+		set = append(set, o)
+	}
+	return set, nil
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/audit"
@@ -95,6 +96,10 @@ func TestAdoptKey(t *testing.T) {
 				if c.offLine != errors.Is(err, sigerr.Invalid) || c.offLine != (err != nil) || err != nil && !strings.Contains(err.Error(), "in no token") {
 					t.Errorf("%s: %v", what, err)
 				}
+			}
+			_, replaced := f.AmendOpenPGP(t.Context(), f.Root, "test", k.Name, gateway.OpenPGPChange{Replace: c.a.OpenPGP})
+			if c.offLine != (replaced == nil) || replaced != nil && !errors.Is(replaced, sigerr.Invalid) && !errors.Is(replaced, sigerr.Disabled) {
+				t.Errorf("replace: %v", replaced)
 			}
 			if c.offLine && (!errors.Is(rotated, sigerr.Invalid) || !strings.Contains(rotated.Error(), "in no token")) {
 				t.Errorf("rotate: %v", rotated)
@@ -273,5 +278,83 @@ func TestAdoptSecondSubkey(t *testing.T) {
 		if !errors.Is(err, c.want) {
 			t.Errorf("%s by %s: got %v, want %v", c.name, c.who, err, c.want)
 		}
+	}
+}
+
+// A certificate whose primary key is off line is replaced for all keys in it, by one that
+// is of the same primary key and in which they may sign.
+func TestReplaceOpenPGP(t *testing.T) {
+	now := gatewaytest.Created.AddDate(1, 0, 0)
+	f := gatewaytest.New(t, admins, func(c *gateway.Config) {
+		c.Inspect = func(cert []byte, signing crypto.PublicKey, at time.Time) (gateway.Inspected, error) {
+			for part := range strings.SplitSeq(string(cert), "\n\n") { // a certificate of several keys
+				if in, err := gatewaytest.Inspect([]byte(part), signing, at); err == nil {
+					in.Certificate, in.Expires = cert, now
+					return in, nil
+				}
+			}
+			return gateway.Inspected{}, sigerr.Invalid
+		}
+	})
+	first, second := f.Put(t, "1"), f.Put(t, "2")
+	primary, _, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certs := func(uid string, primary crypto.PublicKey, signing ...crypto.PublicKey) []byte {
+		var all [][]byte
+		for _, k := range signing {
+			all = append(all, gatewaytest.Certificate(t, uid, k, primary))
+		}
+		return bytes.Join(all, []byte("\n\n"))
+	}
+	was, next := certs("A", primary, first, second), certs("B", primary, first, second)
+	for name, id := range map[string]string{"a-1": "1", "a-2": "2"} {
+		if _, err := adopt(t, f, "dave", gateway.Adoption{Name: name, ID: []byte(id), OpenPGP: was}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	signs := f.Token.Signs()
+	replace := func(who string, cert []byte) error {
+		_, err := f.AmendOpenPGP(t.Context(), gatewaytest.Principal(t, who), "test", "a-1", gateway.OpenPGPChange{Replace: cert})
+		return err
+	}
+	for name, c := range map[string]struct {
+		who  string
+		cert []byte
+		want error
+	}{
+		"by who administers one of the keys": {"erin", next, sigerr.Denied},
+		"by nobody":                          {"carol", next, sigerr.Denied},
+		"no certificate":                     {"dave", []byte("x"), sigerr.Invalid},
+		"without the other key":              {"dave", certs("B", primary, first), sigerr.Invalid},
+		"of another primary key":             {"dave", certs("B", second, first), sigerr.Invalid},
+		"of the key itself":                  {"dave", certs("B", nil, first), sigerr.Invalid},
+		"long":                               {"dave", make([]byte, gateway.MaxOpenPGP+1), sigerr.Invalid},
+	} {
+		if err := replace(c.who, c.cert); !errors.Is(err, c.want) {
+			t.Errorf("%s: got %v, want %v", name, err, c.want)
+		}
+		if e := f.Store.Last(t); e.Outcome != audit.Denied || !bytes.Equal(stored(t, f, "a-1").OpenPGP.Certificate, was) {
+			t.Errorf("%s: audit entry %+v, or the certificate has changed", name, e)
+		}
+	}
+	if err := replace("dave", next); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"a-1", "a-2"} {
+		if o := stored(t, f, name).OpenPGP; !bytes.Equal(o.Certificate, next) || !o.Expires.Equal(now) || !o.OffLine() {
+			t.Errorf("%s: %+v", name, o)
+		}
+	}
+	if e := f.Store.Last(t); e.Outcome != audit.Done || e.Action != "key.openpgp" || !strings.Contains(e.Detail, "replaced") || f.Token.Signs() != signs {
+		t.Errorf("audit entry %+v, %d signatures", e, f.Token.Signs()-signs)
+	}
+	// A key that is disabled need not sign in it.
+	if _, err := f.SetKeyState(t.Context(), f.Root, "test", "a-2", keys.Disabled); err != nil {
+		t.Fatal(err)
+	}
+	if err := replace("dave", certs("C", primary, first)); err != nil {
+		t.Error(err)
 	}
 }

@@ -180,6 +180,15 @@ func TestAdopt(t *testing.T) {
 			}
 		}
 		signs(t, "off", subkey)
+		// It is changed where its primary key is.
+		gpg("--quick-set-expire", fingerprintsOf(gpg, "off@example.org")[0], "2090-01-01")
+		if out := g.must(t, "signwarden", "key", "openpgp", "replace", "off", certificate(t, "off@example.org")); !strings.Contains(out, "2090-01-01") {
+			t.Errorf("replaced: %s", out)
+		}
+		if r := g.try(t, "signwarden", "key", "openpgp", "replace", "off", certificate(t, "team@example.org")); r.code != 2 {
+			t.Errorf("another certificate: %d %s", r.code, r.stderr)
+		}
+		signs(t, "off", subkey)
 	})
 
 	for _, name := range []string{"one", "team-primary"} {

@@ -108,6 +108,12 @@ func (c *Client) RevokeOpenPGP(ctx context.Context, name, reason, text string) (
 	return c.amend(ctx, &pb.AmendOpenPGPRequest{Name: name, Change: &pb.AmendOpenPGPRequest_Revoke{Revoke: &pb.Revocation{Reason: reason, Text: text}}})
 }
 
+// ReplaceOpenPGP takes a certificate, armored or not, that was changed where its primary
+// key is, in place of the same one as it was.
+func (c *Client) ReplaceOpenPGP(ctx context.Context, name string, certificate []byte) (Key, error) {
+	return c.amend(ctx, &pb.AmendOpenPGPRequest{Name: name, Change: &pb.AmendOpenPGPRequest_Replace{Replace: certificate}})
+}
+
 func (c *Client) amend(ctx context.Context, r *pb.AmendOpenPGPRequest) (Key, error) {
 	out, err := c.keys.AmendOpenPGP(ctx, r)
 	if err != nil {

@@ -996,6 +996,7 @@ type AmendOpenPGPRequest struct {
 	//	*AmendOpenPGPRequest_Renew
 	//	*AmendOpenPGPRequest_AddUserId
 	//	*AmendOpenPGPRequest_Revoke
+	//	*AmendOpenPGPRequest_Replace
 	Change        isAmendOpenPGPRequest_Change `protobuf_oneof:"change"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1072,6 +1073,15 @@ func (x *AmendOpenPGPRequest) GetRevoke() *Revocation {
 	return nil
 }
 
+func (x *AmendOpenPGPRequest) GetReplace() []byte {
+	if x != nil {
+		if x, ok := x.Change.(*AmendOpenPGPRequest_Replace); ok {
+			return x.Replace
+		}
+	}
+	return nil
+}
+
 type isAmendOpenPGPRequest_Change interface {
 	isAmendOpenPGPRequest_Change()
 }
@@ -1092,11 +1102,19 @@ type AmendOpenPGPRequest_Revoke struct {
 	Revoke *Revocation `protobuf:"bytes,4,opt,name=revoke,proto3,oneof"`
 }
 
+type AmendOpenPGPRequest_Replace struct {
+	// The certificate, armored or not, as it was changed where its primary key is: for
+	// one whose primary key is in no token.
+	Replace []byte `protobuf:"bytes,5,opt,name=replace,proto3,oneof"`
+}
+
 func (*AmendOpenPGPRequest_Renew) isAmendOpenPGPRequest_Change() {}
 
 func (*AmendOpenPGPRequest_AddUserId) isAmendOpenPGPRequest_Change() {}
 
 func (*AmendOpenPGPRequest_Revoke) isAmendOpenPGPRequest_Change() {}
+
+func (*AmendOpenPGPRequest_Replace) isAmendOpenPGPRequest_Change() {}
 
 // Renewal is another time of expiry.
 type Renewal struct {
@@ -2204,12 +2222,13 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\rGetKeyRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"6\n" +
 	"\x0eGetKeyResponse\x12$\n" +
-	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\xba\x01\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\xd6\x01\n" +
 	"\x13AmendOpenPGPRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
 	"\x05renew\x18\x02 \x01(\v2\x16.signwarden.v1.RenewalH\x00R\x05renew\x12 \n" +
 	"\vadd_user_id\x18\x03 \x01(\tH\x00R\taddUserId\x123\n" +
-	"\x06revoke\x18\x04 \x01(\v2\x19.signwarden.v1.RevocationH\x00R\x06revokeB\b\n" +
+	"\x06revoke\x18\x04 \x01(\v2\x19.signwarden.v1.RevocationH\x00R\x06revoke\x12\x1a\n" +
+	"\areplace\x18\x05 \x01(\fH\x00R\areplaceB\b\n" +
 	"\x06change\"?\n" +
 	"\aRenewal\x124\n" +
 	"\aexpires\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"8\n" +
@@ -2413,6 +2432,7 @@ func file_signwarden_v1_admin_proto_init() {
 		(*AmendOpenPGPRequest_Renew)(nil),
 		(*AmendOpenPGPRequest_AddUserId)(nil),
 		(*AmendOpenPGPRequest_Revoke)(nil),
+		(*AmendOpenPGPRequest_Replace)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

@@ -86,7 +86,7 @@ func (a *admin) AdoptKey(ctx context.Context, r *pb.AdoptKeyRequest) (*pb.AdoptK
 
 // AmendOpenPGP implements the call.
 func (a *admin) AmendOpenPGP(ctx context.Context, r *pb.AmendOpenPGPRequest) (*pb.AmendOpenPGPResponse, error) {
-	c := gateway.OpenPGPChange{AddUserID: r.GetAddUserId()}
+	c := gateway.OpenPGPChange{AddUserID: r.GetAddUserId(), Replace: r.GetReplace()}
 	if n := r.GetRenew(); n != nil {
 		expires := fromTimestamp(n.GetExpires())
 		c.Renew = &expires
