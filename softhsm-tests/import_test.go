@@ -74,6 +74,7 @@ func opensslKey(t *testing.T, dir, name string, kind ...string) (key, certificat
 // A key from a file comes into every token under one id, with its certificate; others
 // see it there, and it cannot be taken out again. What is registered stays.
 func TestTokenImport(t *testing.T) {
+	t.Parallel()
 	g, _ := emptyTokens(t)
 	dir := t.TempDir()
 	key, certificate := opensslKey(t, dir, "kmod", "EC", "-pkeyopt", "ec_paramgen_curve:P-384")
@@ -120,6 +121,15 @@ func TestTokenImport(t *testing.T) {
 	if r := g.try(t, "signwardend", "token", "delete", "--dir", g.dir, "--id", id, "--yes"); r.code == 0 {
 		t.Error("what is not there was deleted")
 	}
+	// What somebody else has put there, and can take out again, is told of loudly.
+	mustEnv(t, append(os.Environ(), "SOFTHSM2_CONF="+g.dir+"/a/softhsm2.conf"), "pkcs11-tool", "--module", softhsmModule(t),
+		"--login", "--pin", pin, "--keypairgen", "--key-type", "EC:prime256v1", "--id", "99", "--label", "theirs", "--extractable")
+	r := g.try(t, "signwardend", "token", "list", "--dir", g.dir)
+	if r.code != 0 || !strings.Contains(r.stderr, "1 private or secret keys can be taken out") || !strings.Contains(r.stdout, "EXTRACTABLE") {
+		t.Errorf("an extractable key: %d %s%s", r.code, r.stdout, r.stderr)
+	}
+	g.must(t, "signwardend", "token", "delete", "--dir", g.dir, "--id", "99", "--yes")
+
 	g.must(t, "signwarden", "key", "create", "rel", "--algorithm", "p256")
 	before := g.held(t)
 	registered := strings.Split(before[0], "|")
@@ -136,6 +146,7 @@ func TestTokenImport(t *testing.T) {
 
 // What is refused changes no token.
 func TestTokenImportRefused(t *testing.T) {
+	t.Parallel()
 	g, _ := emptyTokens(t)
 	dir := t.TempDir()
 	key, _ := opensslKey(t, dir, "one", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
@@ -191,6 +202,7 @@ func TestTokenImportRefused(t *testing.T) {
 // already. Where a worker dies in the second, the first is as it was, and the error
 // tells what may be left, which delete removes.
 func TestTokenImportInterrupted(t *testing.T) {
+	t.Parallel()
 	g, m := emptyTokens(t)
 	key, _ := opensslKey(t, t.TempDir(), "one", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
 	args := []string{"token", "import", "--dir", g.dir, "--key", key, "--label", "one", "--id", "0a"}

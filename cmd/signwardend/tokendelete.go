@@ -81,15 +81,14 @@ func tokenDelete(ctx context.Context, f *tokenFlags, hexID string, yes bool, out
 // showDoomed shows what would be destroyed, and says so by its error.
 func showDoomed(ctx context.Context, tokens []tokenAdmin, id []byte, out io.Writer) error {
 	n := 0
-	for _, t := range tokens {
-		objects, err := t.List(ctx)
-		if err != nil {
-			return fmt.Errorf("token %s: %w", t.name, err)
+	for i, held := range listAll(ctx, tokens) {
+		if held.err != nil {
+			return held.err
 		}
-		for _, o := range objects {
+		for _, o := range held.objects {
 			if string(o.ID) == string(id) && o.Kind != hsm.SecretKey {
 				n++
-				fmt.Fprintf(out, "token %s: %v %s, %s, id %s\n", t.name, o.Kind, exit.Line(o.Label), o.Algorithm, hex.EncodeToString(o.ID))
+				fmt.Fprintf(out, "token %s: %v %s, %s, id %s\n", tokens[i].name, o.Kind, exit.Line(o.Label), o.Algorithm, hex.EncodeToString(o.ID))
 			}
 		}
 	}

@@ -12,12 +12,15 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 	"time"
 	"unicode"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
@@ -55,9 +58,7 @@ and whoever has it can sign. Keep it off line, or destroy it.`,
   openssl pkey -in encrypted.pem | signwardend token import --dir D --key - --label kmod --certificate kmod.crt`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			ctx, stop := interruptible(c)
-			defer stop()
-			return f.run(ctx, os.Stdin, os.Stdout, os.Stderr)
+			return f.run(c, os.Stdin, os.Stdout, os.Stderr)
 		},
 	}
 	f.add(c)
@@ -72,7 +73,11 @@ and whoever has it can sign. Keep it off line, or destroy it.`,
 	return c
 }
 
-func (f *importFlags) run(ctx context.Context, in io.Reader, out, says io.Writer) error {
+func (f *importFlags) run(c *cobra.Command, in io.Reader, out, says io.Writer) error {
+	// A private key is in our memory: no core files, and nobody who is not root attaches.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("PR_SET_DUMPABLE: %w", err)
+	}
 	id := make([]byte, 16)
 	rand.Read(id)
 	var err error
@@ -102,6 +107,8 @@ func (f *importFlags) run(ctx context.Context, in io.Reader, out, says io.Writer
 	if err != nil {
 		return err
 	}
+	ctx, stop := interruptible(c) // not before: until here an interruption ends the process
+	defer stop()
 	known, err := registrations(ctx, conf)
 	if err != nil {
 		fmt.Fprintf(says, "warning: the store cannot be read, so it is not known whether the id is registered: %v\n", err)
@@ -209,9 +216,30 @@ func (f *importFlags) askPassphrase() ([]byte, error) {
 		return nil, errors.New("there is no terminal to ask for it; give --passphrase-file")
 	}
 	defer tty.Close()
+	// Who is interrupted leaves the terminal as it was.
+	was, err := term.GetState(int(tty.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	fmt.Fprint(tty, "passphrase of the private key: ")
 	defer fmt.Fprintln(tty)
-	return term.ReadPassword(int(tty.Fd()))
+	type answer struct {
+		pass []byte
+		err  error
+	}
+	came := make(chan answer, 1)
+	go func() { // reading a terminal cannot be cut off: it ends with the process, where it has to
+		pass, err := term.ReadPassword(int(tty.Fd()))
+		came <- answer{pass, err}
+	}()
+	select {
+	case a := <-came:
+		return a.pass, a.err
+	case <-ctx.Done():
+		return nil, errors.Join(errors.New("interrupted"), term.Restore(int(tty.Fd()), was))
+	}
 }
 
 // readCertificate reads the one certificate of a file and sees that it is the key's;

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -53,12 +54,13 @@ func tokenList(ctx context.Context, f *tokenFlags, out, says io.Writer) error {
 	exposed := 0
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "TOKEN\tKIND\tALGORITHM\tID\tLABEL\tKEY\tREMARKS")
-	for _, t := range tokens {
-		objects, err := t.List(ctx)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("token %s: %w", t.name, err))
+	all := listAll(ctx, tokens)
+	for i, t := range tokens {
+		if err := all[i].err; err != nil {
+			errs = append(errs, err)
 			continue
 		}
+		objects := all[i].objects
 		slices.SortStableFunc(objects, func(a, b hsm.Object) int {
 			return cmp.Or(cmp.Compare(a.Label, b.Label), cmp.Compare(string(a.ID), string(b.ID)), cmp.Compare(a.Kind, b.Kind))
 		})
@@ -78,9 +80,32 @@ func tokenList(ctx context.Context, f *tokenFlags, out, says io.Writer) error {
 		return err
 	}
 	if exposed > 0 {
-		fmt.Fprintf(says, "warning: %d private or secret keys can be taken out of their token by who knows its PIN; they are marked EXTRACTABLE\n", exposed)
+		fmt.Fprintf(says, "warning: %d private or secret keys can be taken out of their token by who knows its PIN; they are marked EXTRACTABLE or NOT SENSITIVE\n", exposed)
 	}
 	return errors.Join(errs...)
+}
+
+// A holding is what one token holds, or why it is not known.
+type holding struct {
+	objects []hsm.Object
+	err     error
+}
+
+// listAll lists the tokens at the same time, in their order.
+func listAll(ctx context.Context, tokens []tokenAdmin) []holding {
+	all := make([]holding, len(tokens))
+	var wg sync.WaitGroup
+	for i, t := range tokens {
+		wg.Go(func() {
+			objects, err := t.List(ctx)
+			if err != nil {
+				err = fmt.Errorf("token %s: %w", t.name, err)
+			}
+			all[i] = holding{objects, err}
+		})
+	}
+	wg.Wait()
+	return all
 }
 
 // canLeave says whether the token tells of a private key that it can be read or wrapped.
