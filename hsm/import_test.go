@@ -377,3 +377,31 @@ func TestList(t *testing.T) {
 		t.Errorf("Delete: %v, %d read-write sessions", err, f.count("read-write session"))
 	}
 }
+
+// A list has a bound, and one that was cut off is none.
+func TestListFails(t *testing.T) {
+	p, f := openFaulty(t, newToken(t))
+	generate(t, p, "k", "p256")
+	f.endless = true
+	f.arm(nil)
+	if all, err := p.List(t.Context()); err == nil || all != nil || !strings.Contains(err.Error(), "more than 10000") || f.count("C_FindObjects") > hsm.MaxObjects {
+		t.Errorf("an endless token: %d objects, %v, after %d calls", len(all), err, f.count("C_FindObjects"))
+	}
+	f.endless = false
+	for _, c := range []struct {
+		call string
+		rv   uint
+		n    int
+		ok   bool
+	}{
+		{"C_FindObjects", pkcs11.CKR_DEVICE_ERROR, 1, false},
+		{"C_FindObjects", pkcs11.CKR_FUNCTION_FAILED, 2, true},
+		{"C_FindObjects", pkcs11.CKR_SESSION_HANDLE_INVALID, 1, true},
+	} {
+		f.arm(times(c.n, c.call, c.rv))
+		all, err := p.List(t.Context())
+		if (err == nil) != c.ok || c.ok != (len(all) == 2) {
+			t.Errorf("%s %d times %#x: %d objects, %v", c.call, c.n, c.rv, len(all), err)
+		}
+	}
+}

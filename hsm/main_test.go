@@ -142,11 +142,12 @@ func check(pub crypto.PublicKey, digest, sig []byte, opts crypto.SignerOpts) err
 // test's choice.
 type faulty struct {
 	hsm.API
-	mu     sync.Mutex
-	counts map[string]int
-	signed int                     // bytes of the last message given to C_Sign
-	inject func(call string) error // nil injects nothing; runs before the module, with mu not held
-	token  func(*pkcs11.TokenInfo) // changes what the token says of itself
+	mu      sync.Mutex
+	counts  map[string]int
+	signed  int                     // bytes of the last message given to C_Sign
+	inject  func(call string) error // nil injects nothing; runs before the module, with mu not held
+	token   func(*pkcs11.TokenInfo) // changes what the token says of itself
+	endless bool                    // a search finds ever more
 }
 
 func (f *faulty) hit(call string) error {
@@ -222,6 +223,16 @@ func (f *faulty) FindObjectsInit(sh pkcs11.SessionHandle, t []*pkcs11.Attribute)
 		return err
 	}
 	return f.API.FindObjectsInit(sh, t)
+}
+
+func (f *faulty) FindObjects(sh pkcs11.SessionHandle, max int) ([]pkcs11.ObjectHandle, bool, error) {
+	if err := f.hit("C_FindObjects"); err != nil {
+		return nil, false, err
+	}
+	if f.endless {
+		return make([]pkcs11.ObjectHandle, max), false, nil
+	}
+	return f.API.FindObjects(sh, max)
 }
 
 func (f *faulty) SignInit(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, o pkcs11.ObjectHandle) error {

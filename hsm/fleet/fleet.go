@@ -254,22 +254,31 @@ func (f *Fleet) Sign(ctx context.Context, by string, weight int, id, digest []by
 
 func (f *Fleet) signUnpinned(ctx context.Context, by string, weight int, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	t, err := f.primary()
-	var sig []byte
 	if err == nil {
-		sig, err = t.Sign(ctx, by, weight, id, digest, opts)
+		var sig []byte
+		if sig, err = t.Sign(ctx, by, weight, id, digest, opts); err == nil {
+			return sig, nil
+		}
 	}
 	for _, m := range f.members[1:] {
+		if ctx.Err() != nil || !errors.Is(err, hsm.ErrNotFound) && !broken(err) {
+			break
+		}
 		f.mu.Lock()
 		t, works := m.token, m.breaker.works()
 		f.mu.Unlock()
-		if err == nil || ctx.Err() != nil || !errors.Is(err, hsm.ErrNotFound) && !broken(err) {
-			break
+		if t == nil || !works {
+			continue
 		}
-		if t != nil && works {
-			sig, err = t.Sign(ctx, by, weight, id, digest, opts)
+		sig, other := t.Sign(ctx, by, weight, id, digest, opts)
+		if other == nil {
+			return sig, nil
+		}
+		if errors.Is(err, hsm.ErrNotFound) { // which tells least
+			err = other
 		}
 	}
-	return sig, err
+	return nil, err
 }
 
 // nowhere says why no token was asked.

@@ -228,6 +228,13 @@ func TestUnpinned(t *testing.T) {
 		if _, err := f.Sign(t.Context(), "p", 1, []byte("x"), nil, crypto.Hash(0)); err != nil || a.count() != 0 || b.count() != 1 || c.count() != 0 {
 			t.Errorf("signing: %v; %d, %d, %d", err, a.count(), b.count(), c.count())
 		}
+		a.noKey = false
+		a.set(gone())
+		b.noKey, c.noKey = true, true
+		if _, err := f.Sign(t.Context(), "p", 1, []byte("x"), nil, crypto.Hash(0)); err == nil || errors.Is(err, hsm.ErrNotFound) || !strings.Contains(err.Error(), "gone") {
+			t.Errorf("the first does not work, and the others have it not: %v", err)
+		}
+		a.set(nil)
 		b.set(gone())
 		if _, err := f.PublicKey(t.Context(), []byte("x")); err == nil || errors.Is(err, hsm.ErrNotFound) {
 			t.Errorf("where who has it does not work: %v", err)
