@@ -144,7 +144,9 @@ func importInto(ctx context.Context, tokens []tokenAdmin, label string, id []byt
 			continue
 		}
 		err = fmt.Errorf("token %s: %w", t.name, err)
-		if exists := errors.Is(err, hsm.ErrExists); exists {
+		if ctx.Err() != nil {
+			err = exit.Hint(err, "what was begun is undone; `signwardend token list` shows that nothing was left")
+		} else if errors.Is(err, hsm.ErrExists) {
 			err = exit.Hint(err, "`signwardend token list` shows what has it; choose another --label or --id")
 		} else if e, ok := errors.AsType[*hsm.Error](err); ok && e.Class == hsm.ClassCrashed {
 			err = exit.Hint(err, "look with `signwardend token list`, and destroy what was left with `signwardend token delete`")
