@@ -133,6 +133,18 @@ var rules = []rule{
 		never: []string{"./...", thirdParty},
 	},
 	{
+		name:  "what reads private keys knows nothing of ours, and reaches no network",
+		who:   []string{"./internal/keyfile"},
+		never: []string{"./...", "net/..."},
+		past:  []string{"crypto/x509", "golang.org/x/crypto/ssh"}, // which import net for what is not used here
+	},
+	{
+		name:  "only what imports into a token reads private keys from files",
+		who:   []string{"./..."},
+		but:   []string{"./cmd/signwardend"},
+		never: []string{"./internal/keyfile"},
+	},
+	{
 		name:  "the client runs on any Linux, and loads no module",
 		who:   []string{"./cmd/signwarden"},
 		never: []string{cgo, "./hsm/...", "github.com/miekg/pkcs11"},

@@ -103,7 +103,12 @@ func (k *KeySpec) check(now time.Time, canCertify bool) error {
 		return fmt.Errorf("%w: layout %q is neither %q nor %q", sigerr.Invalid, k.Layout, keys.Subkey, keys.Single)
 	case !k.Expires.IsZero() && !k.Expires.After(now):
 		return fmt.Errorf("%w: the certificate would expire at %s, which is past", sigerr.Invalid, k.Expires.UTC().Format(time.RFC3339))
-	case len(k.UserID) > 255 || !utf8.ValidString(k.UserID) || strings.ContainsFunc(k.UserID, unicode.IsControl):
+	}
+	return checkUserID(k.UserID)
+}
+
+func checkUserID(s string) error {
+	if len(s) > 255 || !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
 		return fmt.Errorf("%w: the user id must be UTF-8 of at most 255 bytes without control characters", sigerr.Invalid)
 	}
 	return nil
@@ -113,20 +118,11 @@ func (k *KeySpec) check(now time.Time, canCertify bool) error {
 // specification has a user id, and registers it. Needs an admin rule for the
 // name. On an error nothing is registered, and what was generated is destroyed.
 func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd string, spec KeySpec) (keys.Key, error) {
-	a, err := g.begin(ctx, p, "key.create", spec.Name, frontEnd)
+	a, err := g.beginKey(ctx, p, "key.create", spec.Name, frontEnd, func(now time.Time) error {
+		return spec.check(now, g.c.Certify != nil)
+	})
 	if err != nil {
 		return keys.Key{}, err
-	}
-	if err := spec.check(a.e.Time, g.c.Certify != nil); err != nil {
-		return keys.Key{}, g.fail(a, audit.Denied, err)
-	}
-	d := a.s.rules.Allow(policy.Query{Principal: p.Name(), Key: spec.Name, Action: policy.Admin, Now: a.e.Time})
-	if !d.Allowed {
-		return keys.Key{}, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
-	}
-	a.e.Rule = d.Rule
-	if err := g.reserve(spec.Name); err != nil {
-		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
 	defer g.unreserve(spec.Name)
 
@@ -149,11 +145,9 @@ func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd str
 
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	// Asked again: the rules may have changed while the token worked.
-	d = g.snap.Load().rules.Allow(policy.Query{Principal: p.Name(), Key: spec.Name, Action: policy.Admin, Now: g.c.Now()})
-	if !d.Allowed {
+	if err := g.mayRegister(p, spec.Name); err != nil {
 		g.destroy(ctx, ids)
-		return keys.Key{}, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
+		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
 	err = g.commit(ctx, a, store.Change{CreateKey: &k, Forget: pairIDs(ids)}, func(s *snapshot) bool { return s.keys.Get(k.Name) != nil })
 	if err != nil {
@@ -188,23 +182,6 @@ func pairIDs(pairs []store.Pending) [][]byte {
 		out[i] = p.ID
 	}
 	return out
-}
-
-// reserve keeps two acts from generating under one name at a time.
-func (g *Gateway) reserve(name string) error {
-	g.admin.Lock()
-	defer g.admin.Unlock()
-	if g.creating[name] || g.snap.Load().keys.Get(name) != nil {
-		return fmt.Errorf("%w: a key %q exists; choose another name", sigerr.Conflict, name)
-	}
-	g.creating[name] = true
-	return nil
-}
-
-func (g *Gateway) unreserve(name string) {
-	g.admin.Lock()
-	defer g.admin.Unlock()
-	delete(g.creating, name)
 }
 
 // generate makes the pair, or with the subkey layout the two pairs, and the
@@ -262,10 +239,7 @@ func (g *Gateway) destroy(ctx context.Context, pairs []store.Pending) {
 	var gone [][]byte
 	for _, p := range pairs {
 		err := g.c.Token.Delete(ctx, p.ID)
-		if missing, ok := errors.AsType[interface {
-			error
-			NotFound() bool
-		}](err); err == nil || ok && missing.NotFound() {
+		if err == nil || missing(err) {
 			gone = append(gone, p.ID)
 			continue
 		}

@@ -48,6 +48,7 @@ type Config struct {
 	Pin      func(id []byte, public crypto.PublicKey)
 	Certify  Certify      // nil: no OpenPGP certificates can be made
 	Amend    Amend        // nil: none can be changed
+	Inspect  Inspect      // nil: none can be adopted
 	Read     Read         // nil: messages are refused
 	Logger   *slog.Logger // nil: discards
 	Observer Observer     // nil: nobody is told
@@ -238,7 +239,7 @@ func (g *Gateway) pin(reg *keys.Registry) error {
 	for _, name := range reg.Names() {
 		k := reg.Get(name)
 		g.c.Pin(k.ID, k.PublicKey)
-		if k.OpenPGP == nil || k.OpenPGP.PrimaryID == nil {
+		if k.OpenPGP == nil || len(k.OpenPGP.PrimaryID) == 0 {
 			continue
 		}
 		pub, err := x509.ParsePKIXPublicKey(k.OpenPGP.PrimaryPublic)

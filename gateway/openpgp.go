@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -51,11 +52,13 @@ type OpenPGPChange struct {
 	Renew     *time.Time // see Amendment
 	AddUserID string
 	Revoke    *Revocation
+	// Replace is the certificate as it was changed elsewhere, where its primary key is.
+	Replace []byte
 }
 
 func (c *OpenPGPChange) check(now time.Time) error {
 	set := 0
-	for _, is := range []bool{c.Renew != nil, c.AddUserID != "", c.Revoke != nil} {
+	for _, is := range []bool{c.Renew != nil, c.AddUserID != "", c.Revoke != nil, len(c.Replace) > 0} {
 		if is {
 			set++
 		}
@@ -63,6 +66,8 @@ func (c *OpenPGPChange) check(now time.Time) error {
 	switch {
 	case set != 1:
 		return fmt.Errorf("%w: ask for one change of the certificate at a time", sigerr.Invalid)
+	case len(c.Replace) > MaxOpenPGP:
+		return errLongOpenPGP
 	case c.Renew != nil && !c.Renew.IsZero() && !c.Renew.After(now):
 		return fmt.Errorf("%w: the certificate would expire at %s, which is past", sigerr.Invalid, c.Renew.UTC().Format(time.RFC3339))
 	case c.Revoke != nil && !slices.Contains(RevocationReasons, c.Revoke.Reason):
@@ -78,6 +83,8 @@ func (c *OpenPGPChange) words() string {
 		return "renewed for ever"
 	case c.Renew != nil:
 		return "renewed until " + c.Renew.UTC().Format(time.RFC3339)
+	case len(c.Replace) > 0:
+		return fmt.Sprintf("replaced by what was changed elsewhere, sha256 %x", sha256.Sum256(c.Replace))
 	case c.Revoke != nil:
 		return clip(fmt.Sprintf("revoked: %s, %q; keys disabled", c.Revoke.Reason, c.Revoke.Text))
 	}
@@ -85,7 +92,8 @@ func (c *OpenPGPChange) words() string {
 }
 
 // AmendOpenPGP changes the OpenPGP certificate of a key, and of every key that
-// is in the same certificate. Needs an admin rule for the key. A certificate that
+// is in the same certificate. Needs an admin rule for the key. A certificate whose
+// primary key is off line can be replaced, and nothing else; any other cannot be. One that
 // is revoked has its keys disabled. It waits up to a second where the last change
 // was made in this one: of two self-signatures of a second none is the newer.
 func (g *Gateway) AmendOpenPGP(ctx context.Context, p ident.Principal, frontEnd, name string, c OpenPGPChange) (keys.Key, error) {
@@ -99,6 +107,16 @@ func (g *Gateway) AmendOpenPGP(ctx context.Context, p ident.Principal, frontEnd,
 		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
 	a.e.Detail = clip(a.e.Detail + c.words())
+	if len(c.Replace) > 0 {
+		set, err := g.replacement(a.s, k, c.Replace)
+		if err != nil {
+			return keys.Key{}, g.fail(a, audit.Denied, err)
+		}
+		return g.storeOpenPGP(ctx, p, a, name, store.Change{SetOpenPGP: set}, func() {})
+	}
+	if err := certifies(k); err != nil {
+		return keys.Key{}, g.fail(a, audit.Denied, err)
+	}
 	m := Amendment{Renew: c.Renew, UserID: c.AddUserID, Revoke: c.Revoke}
 	if c.Renew != nil {
 		t := c.Renew.UTC().Truncate(time.Second)
@@ -150,7 +168,9 @@ func (g *Gateway) RotateOpenPGP(ctx context.Context, p ident.Principal, frontEnd
 		r.Algorithm = k.Algorithm
 	}
 	spec := KeySpec{Name: r.To, Algorithm: r.Algorithm}
-	err = spec.check(a.e.Time, true)
+	if err = spec.check(a.e.Time, true); err == nil {
+		err = certifies(k)
+	}
 	switch {
 	case err != nil:
 	case !r.Expires.IsZero() && !r.Expires.After(a.e.Time), !r.Retire.IsZero() && !r.Retire.After(a.e.Time):

@@ -32,6 +32,9 @@ type Token interface {
 	Sign(ctx context.Context, by string, weight int, id, digest []byte, opts crypto.SignerOpts) ([]byte, error)
 	// Generate makes a pair that cannot be exported; algorithm is a keys.Algorithm.
 	Generate(ctx context.Context, label string, id []byte, algorithm string) (crypto.PublicKey, error)
+	// PublicKey reads the public half of a pair, however that came into the token.
+	// Where there is none the error has the method NotFound() bool.
+	PublicKey(ctx context.Context, id []byte) (crypto.PublicKey, error)
 	// Delete destroys a pair: one that Generate made and that was not registered.
 	// Where there is none the error has the method NotFound() bool.
 	Delete(ctx context.Context, id []byte) error
@@ -41,6 +44,30 @@ type Token interface {
 // signers for certifications. subkey is nil for keys.Single. created and expires
 // are whole seconds; a zero expires is never.
 type Certify func(userID string, created, expires time.Time, primary, subkey crypto.Signer) ([]byte, error)
+
+// Inspected is what an OpenPGP certificate says of one of its keys, which may sign now.
+type Inspected struct {
+	Certificate []byte // binary
+	UserID      string // the main one
+	// Primary is the primary key; nil where the key itself is it.
+	Primary crypto.PublicKey
+	Created time.Time // of the key, whole seconds
+	Expires time.Time // of the key, no later than the certificate; zero: never
+}
+
+// Inspect reads a certificate, armored or not, that is to be a key's. Its errors wrap
+// sigerr.Invalid: it is none, its self-signatures do not verify, or the key is not in it
+// or may not sign.
+type Inspect func(certificate []byte, signing crypto.PublicKey, at time.Time) (Inspected, error)
+
+// missing says whether a token's error is that it has no such pair.
+func missing(err error) bool {
+	e, ok := errors.AsType[interface {
+		error
+		NotFound() bool
+	}](err)
+	return ok && e.NotFound()
+}
 
 // tokenError tells the kind of a token's error. Its text stays in the audit
 // log: it may name slots and serial numbers.

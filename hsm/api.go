@@ -27,6 +27,7 @@ type api interface {
 	GenerateRandom(sh pkcs11.SessionHandle, n int) ([]byte, error)
 
 	GenerateKeyPair(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, public, private []*pkcs11.Attribute) (pkcs11.ObjectHandle, pkcs11.ObjectHandle, error)
+	CreateObject(sh pkcs11.SessionHandle, t []*pkcs11.Attribute) (pkcs11.ObjectHandle, error)
 	DestroyObject(sh pkcs11.SessionHandle, o pkcs11.ObjectHandle) error
 
 	InitToken(slot uint, pin string, label string) error

@@ -31,32 +31,49 @@ func (p *Pool) Generate(ctx context.Context, label string, id []byte, algorithm 
 	case rsaBits[algorithm] == 0 && !slices.ContainsFunc(curves, func(c curve) bool { return c.algorithm == algorithm }):
 		return nil, refuse("generate", "algorithm %q is not one of rsa2048, rsa3072, rsa4096, p256, p384, ed25519", algorithm)
 	}
+	return p.create(ctx, "generate", id, creation{
+		vacant:  func(w *worker) error { return w.vacant(label, id) },
+		make:    func(w *worker) (crypto.PublicKey, error) { return w.generate(label, id, algorithm) },
+		classes: pairClasses,
+	})
+}
+
+// A creation is an act that makes objects which all have one id.
+type creation struct {
+	vacant  func(*worker) error                     // refuses where there is something in the way
+	make    func(*worker) (crypto.PublicKey, error) // and reads back what it has made
+	classes []uint                                  // what it makes, in the order in which it is undone
+}
+
+// create does an act that makes something, and destroys what it has made where it
+// fails, or where nobody waits for it any more.
+func (p *Pool) create(ctx context.Context, op string, id []byte, c creation) (crypto.PublicKey, error) {
 	var pub crypto.PublicKey
 	var dirty atomic.Bool // something may be in the token that was not there before
-	err := p.administer(ctx, "generate", func(j *job, w *worker) error {
+	err := p.administer(ctx, op, func(j *job, w *worker) error {
 		if dirty.Load() { // of an attempt before this one
-			if _, err := w.destroy(id); err != nil {
+			if err := w.undo(id, c.classes); err != nil {
 				return err
 			}
 			dirty.Store(false)
 		}
-		if err := w.vacant(label, id); err != nil {
+		if err := c.vacant(w); err != nil {
 			return err
 		}
 		dirty.Store(true)
-		made, err := w.generate(label, id, algorithm)
+		made, err := c.make(w)
 		if err == nil && j.keep() {
 			pub = made
 			dirty.Store(false)
 			return nil
 		}
-		if _, derr := w.destroy(id); derr == nil {
+		if w.undo(id, c.classes) == nil {
 			dirty.Store(false)
 		}
-		return err // nobody's, where the key is good and the caller left
+		return err // nobody's, where all is good and the caller left
 	})
 	if err != nil && dirty.Load() {
-		return nil, fmt.Errorf("%w; a key with id %x may be left in the token, which Delete removes", err, id)
+		return nil, fmt.Errorf("%w; an object with id %x may be left in the token, which Delete removes", err, id)
 	}
 	if err != nil {
 		return nil, err
@@ -64,12 +81,12 @@ func (p *Pool) Generate(ctx context.Context, label string, id []byte, algorithm 
 	return pub, nil
 }
 
-// Delete destroys both halves of a key. It is how to undo a Generate whose
-// key could not be registered.
+// Delete destroys both halves of a key, and the certificates with its id. It is
+// how to undo a Generate whose key could not be registered.
 func (p *Pool) Delete(ctx context.Context, id []byte) error {
 	id = bytes.Clone(id) // the call may outlive the caller
 	return p.administer(ctx, "delete", func(_ *job, w *worker) error {
-		n, err := w.destroy(id)
+		n, err := w.destroy(id, allClasses)
 		if err == nil && n == 0 {
 			return fmt.Errorf("key %x: %w", id, ErrNotFound)
 		}
@@ -150,14 +167,18 @@ func (w *worker) generate(label string, id []byte, algorithm string) (crypto.Pub
 	if err != nil {
 		return nil, w.p.profile.fail("C_GenerateKeyPair", err)
 	}
-	if err := w.inspect(priv); err != nil {
+	if err := w.inspect("generate", priv, slices.Concat(promised, born)...); err != nil {
 		return nil, err
 	}
 	return w.publicKey(pub)
 }
 
-func templates(label string, id []byte, algorithm string) (mech uint, public, private []*pkcs11.Attribute) {
-	set := func(typ uint, v any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, v) }
+// set is an attribute of a template.
+func set(typ uint, v any) *pkcs11.Attribute { return pkcs11.NewAttribute(typ, v) }
+
+// halves are the attributes that both halves of every key have, however it comes
+// into the token: the private one cannot leave it, and signs and does nothing else.
+func halves(label string, id []byte) (public, private []*pkcs11.Attribute) {
 	public = []*pkcs11.Attribute{
 		set(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), set(pkcs11.CKA_TOKEN, true), set(pkcs11.CKA_PRIVATE, false),
 		set(pkcs11.CKA_LABEL, label), set(pkcs11.CKA_ID, id),
@@ -169,6 +190,11 @@ func templates(label string, id []byte, algorithm string) (mech uint, public, pr
 		set(pkcs11.CKA_LABEL, label), set(pkcs11.CKA_ID, id),
 		set(pkcs11.CKA_SIGN, true), set(pkcs11.CKA_DECRYPT, false), set(pkcs11.CKA_UNWRAP, false), set(pkcs11.CKA_DERIVE, false), set(pkcs11.CKA_SIGN_RECOVER, false),
 	}
+	return public, private
+}
+
+func templates(label string, id []byte, algorithm string) (mech uint, public, private []*pkcs11.Attribute) {
+	public, private = halves(label, id)
 	if bits := rsaBits[algorithm]; bits != 0 {
 		public = append(public, set(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA), set(pkcs11.CKA_MODULUS_BITS, bits), set(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}))
 		private = append(private, set(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA))
@@ -183,19 +209,18 @@ func templates(label string, id []byte, algorithm string) (mech uint, public, pr
 	return pkcs11.CKM_EC_KEY_PAIR_GEN, public, private
 }
 
-// inspect reads back what matters of a private key: a token may have taken the
-// template and done otherwise.
-func (w *worker) inspect(priv pkcs11.ObjectHandle) error {
-	for _, a := range []struct {
-		name string
-		typ  uint
-		want bool
-	}{
+// A promise is what a private key is to be, by what the token says of it.
+type promise struct {
+	name string
+	typ  uint
+	want bool
+}
+
+// promised holds for every key, and born for one that was made in the token.
+var (
+	promised = []promise{
 		{"CKA_EXTRACTABLE", pkcs11.CKA_EXTRACTABLE, false},
-		{"CKA_NEVER_EXTRACTABLE", pkcs11.CKA_NEVER_EXTRACTABLE, true},
 		{"CKA_SENSITIVE", pkcs11.CKA_SENSITIVE, true},
-		{"CKA_ALWAYS_SENSITIVE", pkcs11.CKA_ALWAYS_SENSITIVE, true},
-		{"CKA_LOCAL", pkcs11.CKA_LOCAL, true},
 		{"CKA_PRIVATE", pkcs11.CKA_PRIVATE, true},
 		{"CKA_TOKEN", pkcs11.CKA_TOKEN, true},
 		{"CKA_SIGN", pkcs11.CKA_SIGN, true},
@@ -203,24 +228,55 @@ func (w *worker) inspect(priv pkcs11.ObjectHandle) error {
 		{"CKA_UNWRAP", pkcs11.CKA_UNWRAP, false},
 		{"CKA_DERIVE", pkcs11.CKA_DERIVE, false},
 		{"CKA_SIGN_RECOVER", pkcs11.CKA_SIGN_RECOVER, false},
-	} {
+	}
+	born = []promise{
+		{"CKA_NEVER_EXTRACTABLE", pkcs11.CKA_NEVER_EXTRACTABLE, true},
+		{"CKA_ALWAYS_SENSITIVE", pkcs11.CKA_ALWAYS_SENSITIVE, true},
+		{"CKA_LOCAL", pkcs11.CKA_LOCAL, true},
+	}
+)
+
+// inspect reads back what matters of a private key: a token may have taken the
+// template and done otherwise.
+func (w *worker) inspect(op string, priv pkcs11.ObjectHandle, promises ...promise) error {
+	for _, a := range promises {
 		v, err := w.attribute(priv, a.typ)
 		if err != nil {
 			return err
 		}
 		if len(v) != 1 || (v[0] != 0) != a.want {
-			return refuse("generate", "the token made a key with %s = %x, against what was asked; it was not kept", a.name, v)
+			return refuse(op, "the token made a key with %s = %x, against what was asked; it was not kept", a.name, v)
 		}
 	}
 	return nil
 }
 
-// destroy removes the halves of a key, the private one first: a half that is
-// left is then the harmless one.
-func (w *worker) destroy(id []byte) (int, error) {
+// What Delete destroys, and what undoes the making of a pair. The private half is
+// first: what is left where the rest fails is then harmless.
+var (
+	pairClasses = []uint{pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_PUBLIC_KEY}
+	allClasses  = append(pairClasses[:2:2], pkcs11.CKO_CERTIFICATE)
+)
+
+// undo destroys what an act has made: on a new session where that of the act fails,
+// since the act may have lost it.
+func (w *worker) undo(id []byte, classes []uint) error {
+	if w.open {
+		if _, err := w.destroy(id, classes); err == nil {
+			return nil
+		}
+	}
+	return w.writable(func() error {
+		_, err := w.destroy(id, classes)
+		return err
+	})
+}
+
+// destroy removes the objects of these classes with this id.
+func (w *worker) destroy(id []byte, classes []uint) (int, error) {
 	w.p.forget(id)
 	n := 0
-	for _, class := range []uint{pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_PUBLIC_KEY} {
+	for _, class := range classes {
 		hs, err := w.find(pkcs11.NewAttribute(pkcs11.CKA_CLASS, class), pkcs11.NewAttribute(pkcs11.CKA_ID, id))
 		if err != nil {
 			return n, err

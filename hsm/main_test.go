@@ -142,11 +142,12 @@ func check(pub crypto.PublicKey, digest, sig []byte, opts crypto.SignerOpts) err
 // test's choice.
 type faulty struct {
 	hsm.API
-	mu     sync.Mutex
-	counts map[string]int
-	signed int                     // bytes of the last message given to C_Sign
-	inject func(call string) error // nil injects nothing; runs before the module, with mu not held
-	token  func(*pkcs11.TokenInfo) // changes what the token says of itself
+	mu      sync.Mutex
+	counts  map[string]int
+	signed  int                     // bytes of the last message given to C_Sign
+	inject  func(call string) error // nil injects nothing; runs before the module, with mu not held
+	token   func(*pkcs11.TokenInfo) // changes what the token says of itself
+	endless bool                    // a search finds ever more
 }
 
 func (f *faulty) hit(call string) error {
@@ -196,6 +197,9 @@ func (f *faulty) GetTokenInfo(slot uint) (pkcs11.TokenInfo, error) {
 }
 
 func (f *faulty) OpenSession(slot, flags uint) (pkcs11.SessionHandle, error) {
+	if flags&pkcs11.CKF_RW_SESSION != 0 {
+		f.hit("read-write session")
+	}
 	if err := f.hit("C_OpenSession"); err != nil {
 		return 0, err
 	}
@@ -219,6 +223,16 @@ func (f *faulty) FindObjectsInit(sh pkcs11.SessionHandle, t []*pkcs11.Attribute)
 		return err
 	}
 	return f.API.FindObjectsInit(sh, t)
+}
+
+func (f *faulty) FindObjects(sh pkcs11.SessionHandle, max int) ([]pkcs11.ObjectHandle, bool, error) {
+	if err := f.hit("C_FindObjects"); err != nil {
+		return nil, false, err
+	}
+	if f.endless {
+		return make([]pkcs11.ObjectHandle, max), false, nil
+	}
+	return f.API.FindObjects(sh, max)
 }
 
 func (f *faulty) SignInit(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism, o pkcs11.ObjectHandle) error {
@@ -262,6 +276,18 @@ func (f *faulty) GenerateKeyPair(sh pkcs11.SessionHandle, m []*pkcs11.Mechanism,
 		return 0, 0, late // failed, but persisted
 	}
 	return a, b, err
+}
+
+func (f *faulty) CreateObject(sh pkcs11.SessionHandle, t []*pkcs11.Attribute) (pkcs11.ObjectHandle, error) {
+	call := fmt.Sprintf("C_CreateObject %d", t[0].Value[0]) // CKA_CLASS
+	if err := f.hit(call); err != nil {
+		return 0, err
+	}
+	h, err := f.API.CreateObject(sh, t)
+	if late := f.hit("after " + call); late != nil {
+		return 0, late // failed, but persisted
+	}
+	return h, err
 }
 
 func (f *faulty) DestroyObject(sh pkcs11.SessionHandle, o pkcs11.ObjectHandle) error {

@@ -4,8 +4,8 @@
 // on them. It finds a key once, not once per signature; it knows for each
 // CK_RV what to do next (errors.go); and it tries a PIN that the token calls
 // wrong exactly once. It knows nothing of who asks and why, and it never
-// returns or imports a private key: [Pool.Generate] makes keys in the token
-// that cannot leave it.
+// returns a private key nor reads a part of one: [Pool.Generate] makes keys in the
+// token, [Pool.Import] brings one into it, and neither can leave it.
 //
 // Concurrency, in short:
 //

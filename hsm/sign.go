@@ -64,25 +64,30 @@ func (p *Pool) Sign(ctx context.Context, id, digest []byte, opts crypto.SignerOp
 		if err != nil {
 			return err
 		}
-		mech, data, err := r.mechanism(k)
-		if err != nil {
-			return err
-		}
-		if err := p.api.SignInit(w.sh, []*pkcs11.Mechanism{mech}, k.handle); err != nil {
-			return p.profile.fail("C_SignInit", err)
-		}
-		raw, err := p.api.Sign(w.sh, data)
-		if err != nil {
-			w.drop() // whatever the class: the operation may still be active in it
-			return p.profile.fail("C_Sign", err)
-		}
-		sig, err = k.normalise(raw)
+		sig, err = w.sign(k, r)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	return sig, nil
+}
+
+func (w *worker) sign(k key, r request) ([]byte, error) {
+	p := w.p
+	mech, data, err := r.mechanism(k)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.api.SignInit(w.sh, []*pkcs11.Mechanism{mech}, k.handle); err != nil {
+		return nil, p.profile.fail("C_SignInit", err)
+	}
+	raw, err := p.api.Sign(w.sh, data)
+	if err != nil {
+		w.drop() // whatever the class: the operation may still be active in it
+		return nil, p.profile.fail("C_Sign", err)
+	}
+	return k.normalise(raw)
 }
 
 func newRequest(digest []byte, opts crypto.SignerOpts) (request, error) {

@@ -74,8 +74,8 @@ func ping(ctx context.Context, c *client.Client, wait time.Duration) error {
 }
 
 func (a *app) keyCommand() *cobra.Command {
-	c := &cobra.Command{Use: "key", Short: "Create, list, export, enable and disable keys"}
-	c.AddCommand(a.keyCreate(), a.keyList(), a.keyShow(), a.keyExport(), a.keyCert(), a.keyCSR(), a.keyOpenPGP(),
+	c := &cobra.Command{Use: "key", Short: "Create, adopt, list, export, enable and disable keys"}
+	c.AddCommand(a.keyCreate(), a.keyAdopt(), a.keyList(), a.keyShow(), a.keyExport(), a.keyCert(), a.keyCSR(), a.keyOpenPGP(),
 		a.keyState("enable", keys.Enabled), a.keyState("disable", keys.Disabled))
 	return c
 }

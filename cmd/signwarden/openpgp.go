@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/formats/openpgp"
 	"github.com/signwarden/signwarden/gateway/client"
 	"github.com/signwarden/signwarden/gateway/keys"
 )
@@ -21,7 +22,7 @@ func (a *app) keyOpenPGP() *cobra.Command {
 them. Nothing is taken out of a certificate, so signatures that were made stay good.
 Give the new one to whoever verifies: signwarden key export NAME.`,
 	}
-	c.AddCommand(a.openpgpRenew(), a.openpgpAddUID(), a.openpgpRotate(), a.openpgpRevoke())
+	c.AddCommand(a.openpgpRenew(), a.openpgpAddUID(), a.openpgpRotate(), a.openpgpRevoke(), a.openpgpReplace())
 	return c
 }
 
@@ -141,4 +142,26 @@ else may have signed with it), unspecified.`,
 	c.Flags().StringVar(&text, "text", "", "what people are to know")
 	exit.Require(c, "reason")
 	return c
+}
+
+func (a *app) openpgpReplace() *cobra.Command {
+	return &cobra.Command{
+		Use:   "replace NAME FILE",
+		Short: "Take a certificate that was changed where its primary key is",
+		Long: `replace is for a key that was adopted under a certificate whose primary key is off
+line: renew, extend or revoke the certificate there, with gpg, and give the gateway the
+result. It is the same certificate, in which the key and every other enabled one of the
+gateway's may sign. FILE is - for standard input.`,
+		Example: `  gpg --armor --export release@example.org | signwarden key openpgp replace release -`,
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, argv []string) error {
+			cert, err := a.readFile(argv[1], openpgp.MaxCertificate)
+			if err != nil {
+				return err
+			}
+			return a.changing(func(ctx context.Context, c *client.Client, name string) (client.Key, error) {
+				return c.ReplaceOpenPGP(ctx, name, cert)
+			})(cmd, argv)
+		},
+	}
 }

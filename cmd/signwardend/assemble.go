@@ -208,6 +208,21 @@ func amend(m gateway.Amendment) ([]byte, error) {
 	return out, err
 }
 
+// inspect reads OpenPGP certificates for the gateway, which knows no formats.
+func inspect(certificate []byte, signing crypto.PublicKey, at time.Time) (gateway.Inspected, error) {
+	cert, err := openpgp.ParseCertificate(certificate)
+	if err != nil {
+		return gateway.Inspected{}, fmt.Errorf("%w: %w", sigerr.Invalid, err)
+	}
+	r, err := cert.RoleOf(signing, at)
+	if err != nil {
+		return gateway.Inspected{}, fmt.Errorf("%w: OpenPGP certificate: %w", sigerr.Invalid, err)
+	}
+	return gateway.Inspected{
+		Certificate: cert.Bytes(), UserID: r.UserID, Primary: r.Primary, Created: r.Key.Created, Expires: r.Key.Expires,
+	}, nil
+}
+
 // read reads what a message is for the gateway, which knows no formats.
 func read(format string, hash crypto.Hash, message []byte) (*policy.Content, error) {
 	switch format {
@@ -338,7 +353,7 @@ func assemble(ctx context.Context, c config.Config, log *slog.Logger) (_ *parts,
 		observer = p.metrics
 	}
 	p.gateway, err = gateway.New(ctx, gateway.Config{
-		Store: p.store, Token: p.token, TokenLabel: c.AllTokens()[0].Token.Label, Pin: pin, Certify: certify, Amend: amend, Read: read, Logger: log, Observer: observer,
+		Store: p.store, Token: p.token, TokenLabel: c.AllTokens()[0].Token.Label, Pin: pin, Certify: certify, Amend: amend, Inspect: inspect, Read: read, Logger: log, Observer: observer,
 		MaxInFlight: c.Limits.InFlight, MaxPerPrincipal: c.Limits.InFlightPerPrincipal,
 		SignTimeout: time.Duration(c.Limits.SignTimeout),
 	})

@@ -33,6 +33,25 @@ func (c *Client) CreateKey(ctx context.Context, k KeySpec) (Key, error) {
 	return toKey(r.GetKey())
 }
 
+// Adoption says which key of the gateway's token to register.
+type Adoption struct {
+	Name      string
+	TokenID   []byte // CKA_ID
+	OpenPGP   []byte // a certificate in which it may sign, armored or not; nil: none
+	PrimaryID []byte // CKA_ID of the certificate's primary key, where that is another one in the token
+}
+
+// AdoptKey registers a key that is in the gateway's token and was not made by CreateKey.
+func (c *Client) AdoptKey(ctx context.Context, a Adoption) (Key, error) {
+	r, err := c.keys.AdoptKey(ctx, &pb.AdoptKeyRequest{
+		Name: a.Name, TokenId: a.TokenID, OpenpgpCertificate: a.OpenPGP, OpenpgpPrimaryId: a.PrimaryID,
+	})
+	if err != nil {
+		return Key{}, c.wireError(err)
+	}
+	return toKey(r.GetKey())
+}
+
 // Key tells of one key that we may see. A gateway that cannot be reached is asked
 // again, for a second or two.
 func (c *Client) Key(ctx context.Context, name string) (Key, error) {
@@ -92,6 +111,12 @@ func (c *Client) AddUserID(ctx context.Context, name, id string) (Key, error) {
 // unspecified, superseded, compromised or retired; text is for people.
 func (c *Client) RevokeOpenPGP(ctx context.Context, name, reason, text string) (Key, error) {
 	return c.amend(ctx, &pb.AmendOpenPGPRequest{Name: name, Change: &pb.AmendOpenPGPRequest_Revoke{Revoke: &pb.Revocation{Reason: reason, Text: text}}})
+}
+
+// ReplaceOpenPGP takes a certificate, armored or not, that was changed where its primary
+// key is, in place of the same one as it was.
+func (c *Client) ReplaceOpenPGP(ctx context.Context, name string, certificate []byte) (Key, error) {
+	return c.amend(ctx, &pb.AmendOpenPGPRequest{Name: name, Change: &pb.AmendOpenPGPRequest_Replace{Replace: certificate}})
 }
 
 func (c *Client) amend(ctx context.Context, r *pb.AmendOpenPGPRequest) (Key, error) {

@@ -159,6 +159,126 @@ func (x *Key) GetMessageFormats() []string {
 	return nil
 }
 
+// AdoptKeyRequest says which key of the token to register.
+type AdoptKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name that it is to have.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// CKA_ID of the pair in the token.
+	TokenId []byte `protobuf:"bytes,2,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
+	// OpenPGP certificate in which the key may sign, armored or not; empty: none.
+	OpenpgpCertificate []byte `protobuf:"bytes,3,opt,name=openpgp_certificate,json=openpgpCertificate,proto3" json:"openpgp_certificate,omitempty"`
+	// CKA_ID of the certificate's primary key, where the key is a subkey and its primary
+	// is in the token too; empty: it is kept off line, or the key is it.
+	OpenpgpPrimaryId []byte `protobuf:"bytes,4,opt,name=openpgp_primary_id,json=openpgpPrimaryId,proto3" json:"openpgp_primary_id,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *AdoptKeyRequest) Reset() {
+	*x = AdoptKeyRequest{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdoptKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdoptKeyRequest) ProtoMessage() {}
+
+func (x *AdoptKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdoptKeyRequest.ProtoReflect.Descriptor instead.
+func (*AdoptKeyRequest) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *AdoptKeyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AdoptKeyRequest) GetTokenId() []byte {
+	if x != nil {
+		return x.TokenId
+	}
+	return nil
+}
+
+func (x *AdoptKeyRequest) GetOpenpgpCertificate() []byte {
+	if x != nil {
+		return x.OpenpgpCertificate
+	}
+	return nil
+}
+
+func (x *AdoptKeyRequest) GetOpenpgpPrimaryId() []byte {
+	if x != nil {
+		return x.OpenpgpPrimaryId
+	}
+	return nil
+}
+
+// AdoptKeyResponse is the key as it was registered.
+type AdoptKeyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key.
+	Key           *Key `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdoptKeyResponse) Reset() {
+	*x = AdoptKeyResponse{}
+	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdoptKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdoptKeyResponse) ProtoMessage() {}
+
+func (x *AdoptKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdoptKeyResponse.ProtoReflect.Descriptor instead.
+func (*AdoptKeyResponse) Descriptor() ([]byte, []int) {
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *AdoptKeyResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
 // Name is the subject of an X.509 certificate (RFC 5280 section 4.1.2.6).
 type Name struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -180,7 +300,7 @@ type Name struct {
 
 func (x *Name) Reset() {
 	*x = Name{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -192,7 +312,7 @@ func (x *Name) String() string {
 func (*Name) ProtoMessage() {}
 
 func (x *Name) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[1]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -205,7 +325,7 @@ func (x *Name) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Name.ProtoReflect.Descriptor instead.
 func (*Name) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{1}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Name) GetCommonName() string {
@@ -267,7 +387,7 @@ type CertifyKeyRequest struct {
 
 func (x *CertifyKeyRequest) Reset() {
 	*x = CertifyKeyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -279,7 +399,7 @@ func (x *CertifyKeyRequest) String() string {
 func (*CertifyKeyRequest) ProtoMessage() {}
 
 func (x *CertifyKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[2]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -292,7 +412,7 @@ func (x *CertifyKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyKeyRequest.ProtoReflect.Descriptor instead.
 func (*CertifyKeyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CertifyKeyRequest) GetName() string {
@@ -334,7 +454,7 @@ type CertifyKeyResponse struct {
 
 func (x *CertifyKeyResponse) Reset() {
 	*x = CertifyKeyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -346,7 +466,7 @@ func (x *CertifyKeyResponse) String() string {
 func (*CertifyKeyResponse) ProtoMessage() {}
 
 func (x *CertifyKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[3]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -359,7 +479,7 @@ func (x *CertifyKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyKeyResponse.ProtoReflect.Descriptor instead.
 func (*CertifyKeyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CertifyKeyResponse) GetKey() *Key {
@@ -382,7 +502,7 @@ type ImportChainRequest struct {
 
 func (x *ImportChainRequest) Reset() {
 	*x = ImportChainRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -394,7 +514,7 @@ func (x *ImportChainRequest) String() string {
 func (*ImportChainRequest) ProtoMessage() {}
 
 func (x *ImportChainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[4]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -407,7 +527,7 @@ func (x *ImportChainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChainRequest.ProtoReflect.Descriptor instead.
 func (*ImportChainRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ImportChainRequest) GetName() string {
@@ -435,7 +555,7 @@ type ImportChainResponse struct {
 
 func (x *ImportChainResponse) Reset() {
 	*x = ImportChainResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -447,7 +567,7 @@ func (x *ImportChainResponse) String() string {
 func (*ImportChainResponse) ProtoMessage() {}
 
 func (x *ImportChainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[5]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -460,7 +580,7 @@ func (x *ImportChainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChainResponse.ProtoReflect.Descriptor instead.
 func (*ImportChainResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ImportChainResponse) GetKey() *Key {
@@ -483,7 +603,7 @@ type CreateSigningRequestRequest struct {
 
 func (x *CreateSigningRequestRequest) Reset() {
 	*x = CreateSigningRequestRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -495,7 +615,7 @@ func (x *CreateSigningRequestRequest) String() string {
 func (*CreateSigningRequestRequest) ProtoMessage() {}
 
 func (x *CreateSigningRequestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[6]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -508,7 +628,7 @@ func (x *CreateSigningRequestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSigningRequestRequest.ProtoReflect.Descriptor instead.
 func (*CreateSigningRequestRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateSigningRequestRequest) GetName() string {
@@ -536,7 +656,7 @@ type CreateSigningRequestResponse struct {
 
 func (x *CreateSigningRequestResponse) Reset() {
 	*x = CreateSigningRequestResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -548,7 +668,7 @@ func (x *CreateSigningRequestResponse) String() string {
 func (*CreateSigningRequestResponse) ProtoMessage() {}
 
 func (x *CreateSigningRequestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[7]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -561,7 +681,7 @@ func (x *CreateSigningRequestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSigningRequestResponse.ProtoReflect.Descriptor instead.
 func (*CreateSigningRequestResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateSigningRequestResponse) GetRequest() []byte {
@@ -588,7 +708,7 @@ type OpenPGPCertificate struct {
 
 func (x *OpenPGPCertificate) Reset() {
 	*x = OpenPGPCertificate{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +720,7 @@ func (x *OpenPGPCertificate) String() string {
 func (*OpenPGPCertificate) ProtoMessage() {}
 
 func (x *OpenPGPCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[8]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +733,7 @@ func (x *OpenPGPCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenPGPCertificate.ProtoReflect.Descriptor instead.
 func (*OpenPGPCertificate) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *OpenPGPCertificate) GetUserId() string {
@@ -663,7 +783,7 @@ type CreateKeyRequest struct {
 
 func (x *CreateKeyRequest) Reset() {
 	*x = CreateKeyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +795,7 @@ func (x *CreateKeyRequest) String() string {
 func (*CreateKeyRequest) ProtoMessage() {}
 
 func (x *CreateKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[9]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +808,7 @@ func (x *CreateKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateKeyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateKeyRequest) GetName() string {
@@ -737,7 +857,7 @@ type CreateKeyResponse struct {
 
 func (x *CreateKeyResponse) Reset() {
 	*x = CreateKeyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -749,7 +869,7 @@ func (x *CreateKeyResponse) String() string {
 func (*CreateKeyResponse) ProtoMessage() {}
 
 func (x *CreateKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[10]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -762,7 +882,7 @@ func (x *CreateKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKeyResponse.ProtoReflect.Descriptor instead.
 func (*CreateKeyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateKeyResponse) GetKey() *Key {
@@ -783,7 +903,7 @@ type GetKeyRequest struct {
 
 func (x *GetKeyRequest) Reset() {
 	*x = GetKeyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +915,7 @@ func (x *GetKeyRequest) String() string {
 func (*GetKeyRequest) ProtoMessage() {}
 
 func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[11]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +928,7 @@ func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetKeyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GetKeyRequest) GetName() string {
@@ -829,7 +949,7 @@ type GetKeyResponse struct {
 
 func (x *GetKeyResponse) Reset() {
 	*x = GetKeyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +961,7 @@ func (x *GetKeyResponse) String() string {
 func (*GetKeyResponse) ProtoMessage() {}
 
 func (x *GetKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[12]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +974,7 @@ func (x *GetKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKeyResponse.ProtoReflect.Descriptor instead.
 func (*GetKeyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GetKeyResponse) GetKey() *Key {
@@ -876,6 +996,7 @@ type AmendOpenPGPRequest struct {
 	//	*AmendOpenPGPRequest_Renew
 	//	*AmendOpenPGPRequest_AddUserId
 	//	*AmendOpenPGPRequest_Revoke
+	//	*AmendOpenPGPRequest_Replace
 	Change        isAmendOpenPGPRequest_Change `protobuf_oneof:"change"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -883,7 +1004,7 @@ type AmendOpenPGPRequest struct {
 
 func (x *AmendOpenPGPRequest) Reset() {
 	*x = AmendOpenPGPRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +1016,7 @@ func (x *AmendOpenPGPRequest) String() string {
 func (*AmendOpenPGPRequest) ProtoMessage() {}
 
 func (x *AmendOpenPGPRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[13]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +1029,7 @@ func (x *AmendOpenPGPRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AmendOpenPGPRequest.ProtoReflect.Descriptor instead.
 func (*AmendOpenPGPRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AmendOpenPGPRequest) GetName() string {
@@ -952,6 +1073,15 @@ func (x *AmendOpenPGPRequest) GetRevoke() *Revocation {
 	return nil
 }
 
+func (x *AmendOpenPGPRequest) GetReplace() []byte {
+	if x != nil {
+		if x, ok := x.Change.(*AmendOpenPGPRequest_Replace); ok {
+			return x.Replace
+		}
+	}
+	return nil
+}
+
 type isAmendOpenPGPRequest_Change interface {
 	isAmendOpenPGPRequest_Change()
 }
@@ -972,11 +1102,19 @@ type AmendOpenPGPRequest_Revoke struct {
 	Revoke *Revocation `protobuf:"bytes,4,opt,name=revoke,proto3,oneof"`
 }
 
+type AmendOpenPGPRequest_Replace struct {
+	// The certificate, armored or not, as it was changed where its primary key is: for
+	// one whose primary key is in no token.
+	Replace []byte `protobuf:"bytes,5,opt,name=replace,proto3,oneof"`
+}
+
 func (*AmendOpenPGPRequest_Renew) isAmendOpenPGPRequest_Change() {}
 
 func (*AmendOpenPGPRequest_AddUserId) isAmendOpenPGPRequest_Change() {}
 
 func (*AmendOpenPGPRequest_Revoke) isAmendOpenPGPRequest_Change() {}
+
+func (*AmendOpenPGPRequest_Replace) isAmendOpenPGPRequest_Change() {}
 
 // Renewal is another time of expiry.
 type Renewal struct {
@@ -989,7 +1127,7 @@ type Renewal struct {
 
 func (x *Renewal) Reset() {
 	*x = Renewal{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1001,7 +1139,7 @@ func (x *Renewal) String() string {
 func (*Renewal) ProtoMessage() {}
 
 func (x *Renewal) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[14]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1014,7 +1152,7 @@ func (x *Renewal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Renewal.ProtoReflect.Descriptor instead.
 func (*Renewal) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Renewal) GetExpires() *timestamppb.Timestamp {
@@ -1037,7 +1175,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1187,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[15]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1200,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Revocation) GetReason() string {
@@ -1090,7 +1228,7 @@ type AmendOpenPGPResponse struct {
 
 func (x *AmendOpenPGPResponse) Reset() {
 	*x = AmendOpenPGPResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1102,7 +1240,7 @@ func (x *AmendOpenPGPResponse) String() string {
 func (*AmendOpenPGPResponse) ProtoMessage() {}
 
 func (x *AmendOpenPGPResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[16]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1115,7 +1253,7 @@ func (x *AmendOpenPGPResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AmendOpenPGPResponse.ProtoReflect.Descriptor instead.
 func (*AmendOpenPGPResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AmendOpenPGPResponse) GetKey() *Key {
@@ -1144,7 +1282,7 @@ type RotateOpenPGPRequest struct {
 
 func (x *RotateOpenPGPRequest) Reset() {
 	*x = RotateOpenPGPRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1294,7 @@ func (x *RotateOpenPGPRequest) String() string {
 func (*RotateOpenPGPRequest) ProtoMessage() {}
 
 func (x *RotateOpenPGPRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[17]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1307,7 @@ func (x *RotateOpenPGPRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateOpenPGPRequest.ProtoReflect.Descriptor instead.
 func (*RotateOpenPGPRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RotateOpenPGPRequest) GetName() string {
@@ -1218,7 +1356,7 @@ type RotateOpenPGPResponse struct {
 
 func (x *RotateOpenPGPResponse) Reset() {
 	*x = RotateOpenPGPResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1230,7 +1368,7 @@ func (x *RotateOpenPGPResponse) String() string {
 func (*RotateOpenPGPResponse) ProtoMessage() {}
 
 func (x *RotateOpenPGPResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[18]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1243,7 +1381,7 @@ func (x *RotateOpenPGPResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateOpenPGPResponse.ProtoReflect.Descriptor instead.
 func (*RotateOpenPGPResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RotateOpenPGPResponse) GetKey() *Key {
@@ -1264,7 +1402,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1414,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[19]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1427,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListKeysRequest) GetAfter() string {
@@ -1312,7 +1450,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1324,7 +1462,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[20]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1337,7 +1475,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListKeysResponse) GetKeys() []*Key {
@@ -1367,7 +1505,7 @@ type SetKeyStateRequest struct {
 
 func (x *SetKeyStateRequest) Reset() {
 	*x = SetKeyStateRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1379,7 +1517,7 @@ func (x *SetKeyStateRequest) String() string {
 func (*SetKeyStateRequest) ProtoMessage() {}
 
 func (x *SetKeyStateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[21]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1392,7 +1530,7 @@ func (x *SetKeyStateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKeyStateRequest.ProtoReflect.Descriptor instead.
 func (*SetKeyStateRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetKeyStateRequest) GetName() string {
@@ -1420,7 +1558,7 @@ type SetKeyStateResponse struct {
 
 func (x *SetKeyStateResponse) Reset() {
 	*x = SetKeyStateResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1432,7 +1570,7 @@ func (x *SetKeyStateResponse) String() string {
 func (*SetKeyStateResponse) ProtoMessage() {}
 
 func (x *SetKeyStateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[22]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1445,7 +1583,7 @@ func (x *SetKeyStateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetKeyStateResponse.ProtoReflect.Descriptor instead.
 func (*SetKeyStateResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetKeyStateResponse) GetKey() *Key {
@@ -1466,7 +1604,7 @@ type ApplyPolicyRequest struct {
 
 func (x *ApplyPolicyRequest) Reset() {
 	*x = ApplyPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1478,7 +1616,7 @@ func (x *ApplyPolicyRequest) String() string {
 func (*ApplyPolicyRequest) ProtoMessage() {}
 
 func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[23]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1491,7 +1629,7 @@ func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ApplyPolicyRequest) GetSource() string {
@@ -1512,7 +1650,7 @@ type ApplyPolicyResponse struct {
 
 func (x *ApplyPolicyResponse) Reset() {
 	*x = ApplyPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1524,7 +1662,7 @@ func (x *ApplyPolicyResponse) String() string {
 func (*ApplyPolicyResponse) ProtoMessage() {}
 
 func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[24]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1537,7 +1675,7 @@ func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ApplyPolicyResponse) GetRules() int32 {
@@ -1556,7 +1694,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +1706,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[25]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +1719,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 // GetPolicyResponse is the rules.
@@ -1595,7 +1733,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[26]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1607,7 +1745,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[26]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1620,7 +1758,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetPolicyResponse) GetSource() string {
@@ -1656,7 +1794,7 @@ type TestPolicyRequest struct {
 
 func (x *TestPolicyRequest) Reset() {
 	*x = TestPolicyRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[27]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1806,7 @@ func (x *TestPolicyRequest) String() string {
 func (*TestPolicyRequest) ProtoMessage() {}
 
 func (x *TestPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[27]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1819,7 @@ func (x *TestPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestPolicyRequest.ProtoReflect.Descriptor instead.
 func (*TestPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TestPolicyRequest) GetPrincipal() string {
@@ -1761,7 +1899,7 @@ type Package struct {
 
 func (x *Package) Reset() {
 	*x = Package{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[28]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1773,7 +1911,7 @@ func (x *Package) String() string {
 func (*Package) ProtoMessage() {}
 
 func (x *Package) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[28]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1786,7 +1924,7 @@ func (x *Package) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Package.ProtoReflect.Descriptor instead.
 func (*Package) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Package) GetName() string {
@@ -1848,7 +1986,7 @@ type TestPolicyResponse struct {
 
 func (x *TestPolicyResponse) Reset() {
 	*x = TestPolicyResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[29]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +1998,7 @@ func (x *TestPolicyResponse) String() string {
 func (*TestPolicyResponse) ProtoMessage() {}
 
 func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[29]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +2011,7 @@ func (x *TestPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestPolicyResponse.ProtoReflect.Descriptor instead.
 func (*TestPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TestPolicyResponse) GetAllowed() bool {
@@ -1917,7 +2055,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[30]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1929,7 +2067,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[30]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1942,7 +2080,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListEntriesRequest) GetFromRow() int64 {
@@ -1972,7 +2110,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_signwarden_v1_admin_proto_msgTypes[31]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2122,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signwarden_v1_admin_proto_msgTypes[31]
+	mi := &file_signwarden_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2135,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_signwarden_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListEntriesResponse) GetFirstRow() int64 {
@@ -2033,7 +2171,14 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"x509_chain\x18\n" +
 	" \x03(\fR\tx509Chain\x12'\n" +
-	"\x0fmessage_formats\x18\v \x03(\tR\x0emessageFormats\"\xdc\x01\n" +
+	"\x0fmessage_formats\x18\v \x03(\tR\x0emessageFormats\"\x9f\x01\n" +
+	"\x0fAdoptKeyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
+	"\btoken_id\x18\x02 \x01(\fR\atokenId\x12/\n" +
+	"\x13openpgp_certificate\x18\x03 \x01(\fR\x12openpgpCertificate\x12,\n" +
+	"\x12openpgp_primary_id\x18\x04 \x01(\fR\x10openpgpPrimaryId\"8\n" +
+	"\x10AdoptKeyResponse\x12$\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\xdc\x01\n" +
 	"\x04Name\x12\x1f\n" +
 	"\vcommon_name\x18\x01 \x01(\tR\n" +
 	"commonName\x12$\n" +
@@ -2077,12 +2222,13 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\rGetKeyRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"6\n" +
 	"\x0eGetKeyResponse\x12$\n" +
-	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\xba\x01\n" +
+	"\x03key\x18\x01 \x01(\v2\x12.signwarden.v1.KeyR\x03key\"\xd6\x01\n" +
 	"\x13AmendOpenPGPRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
 	"\x05renew\x18\x02 \x01(\v2\x16.signwarden.v1.RenewalH\x00R\x05renew\x12 \n" +
 	"\vadd_user_id\x18\x03 \x01(\tH\x00R\taddUserId\x123\n" +
-	"\x06revoke\x18\x04 \x01(\v2\x19.signwarden.v1.RevocationH\x00R\x06revokeB\b\n" +
+	"\x06revoke\x18\x04 \x01(\v2\x19.signwarden.v1.RevocationH\x00R\x06revoke\x12\x1a\n" +
+	"\areplace\x18\x05 \x01(\fH\x00R\areplaceB\b\n" +
 	"\x06change\"?\n" +
 	"\aRenewal\x124\n" +
 	"\aexpires\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"8\n" +
@@ -2144,10 +2290,11 @@ const file_signwarden_v1_admin_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\"L\n" +
 	"\x13ListEntriesResponse\x12\x1b\n" +
 	"\tfirst_row\x18\x01 \x01(\x03R\bfirstRow\x12\x18\n" +
-	"\aentries\x18\x02 \x03(\fR\aentries2\x95\x06\n" +
+	"\aentries\x18\x02 \x03(\fR\aentries2\xe2\x06\n" +
 	"\n" +
 	"KeyService\x12N\n" +
-	"\tCreateKey\x12\x1f.signwarden.v1.CreateKeyRequest\x1a .signwarden.v1.CreateKeyResponse\x12E\n" +
+	"\tCreateKey\x12\x1f.signwarden.v1.CreateKeyRequest\x1a .signwarden.v1.CreateKeyResponse\x12K\n" +
+	"\bAdoptKey\x12\x1e.signwarden.v1.AdoptKeyRequest\x1a\x1f.signwarden.v1.AdoptKeyResponse\x12E\n" +
 	"\x06GetKey\x12\x1c.signwarden.v1.GetKeyRequest\x1a\x1d.signwarden.v1.GetKeyResponse\x12K\n" +
 	"\bListKeys\x12\x1e.signwarden.v1.ListKeysRequest\x1a\x1f.signwarden.v1.ListKeysResponse\x12T\n" +
 	"\vSetKeyState\x12!.signwarden.v1.SetKeyStateRequest\x1a\".signwarden.v1.SetKeyStateResponse\x12Q\n" +
@@ -2177,97 +2324,102 @@ func file_signwarden_v1_admin_proto_rawDescGZIP() []byte {
 	return file_signwarden_v1_admin_proto_rawDescData
 }
 
-var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_signwarden_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_signwarden_v1_admin_proto_goTypes = []any{
 	(*Key)(nil),                          // 0: signwarden.v1.Key
-	(*Name)(nil),                         // 1: signwarden.v1.Name
-	(*CertifyKeyRequest)(nil),            // 2: signwarden.v1.CertifyKeyRequest
-	(*CertifyKeyResponse)(nil),           // 3: signwarden.v1.CertifyKeyResponse
-	(*ImportChainRequest)(nil),           // 4: signwarden.v1.ImportChainRequest
-	(*ImportChainResponse)(nil),          // 5: signwarden.v1.ImportChainResponse
-	(*CreateSigningRequestRequest)(nil),  // 6: signwarden.v1.CreateSigningRequestRequest
-	(*CreateSigningRequestResponse)(nil), // 7: signwarden.v1.CreateSigningRequestResponse
-	(*OpenPGPCertificate)(nil),           // 8: signwarden.v1.OpenPGPCertificate
-	(*CreateKeyRequest)(nil),             // 9: signwarden.v1.CreateKeyRequest
-	(*CreateKeyResponse)(nil),            // 10: signwarden.v1.CreateKeyResponse
-	(*GetKeyRequest)(nil),                // 11: signwarden.v1.GetKeyRequest
-	(*GetKeyResponse)(nil),               // 12: signwarden.v1.GetKeyResponse
-	(*AmendOpenPGPRequest)(nil),          // 13: signwarden.v1.AmendOpenPGPRequest
-	(*Renewal)(nil),                      // 14: signwarden.v1.Renewal
-	(*Revocation)(nil),                   // 15: signwarden.v1.Revocation
-	(*AmendOpenPGPResponse)(nil),         // 16: signwarden.v1.AmendOpenPGPResponse
-	(*RotateOpenPGPRequest)(nil),         // 17: signwarden.v1.RotateOpenPGPRequest
-	(*RotateOpenPGPResponse)(nil),        // 18: signwarden.v1.RotateOpenPGPResponse
-	(*ListKeysRequest)(nil),              // 19: signwarden.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),             // 20: signwarden.v1.ListKeysResponse
-	(*SetKeyStateRequest)(nil),           // 21: signwarden.v1.SetKeyStateRequest
-	(*SetKeyStateResponse)(nil),          // 22: signwarden.v1.SetKeyStateResponse
-	(*ApplyPolicyRequest)(nil),           // 23: signwarden.v1.ApplyPolicyRequest
-	(*ApplyPolicyResponse)(nil),          // 24: signwarden.v1.ApplyPolicyResponse
-	(*GetPolicyRequest)(nil),             // 25: signwarden.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),            // 26: signwarden.v1.GetPolicyResponse
-	(*TestPolicyRequest)(nil),            // 27: signwarden.v1.TestPolicyRequest
-	(*Package)(nil),                      // 28: signwarden.v1.Package
-	(*TestPolicyResponse)(nil),           // 29: signwarden.v1.TestPolicyResponse
-	(*ListEntriesRequest)(nil),           // 30: signwarden.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),          // 31: signwarden.v1.ListEntriesResponse
-	(*timestamppb.Timestamp)(nil),        // 32: google.protobuf.Timestamp
-	(HashAlgorithm)(0),                   // 33: signwarden.v1.HashAlgorithm
+	(*AdoptKeyRequest)(nil),              // 1: signwarden.v1.AdoptKeyRequest
+	(*AdoptKeyResponse)(nil),             // 2: signwarden.v1.AdoptKeyResponse
+	(*Name)(nil),                         // 3: signwarden.v1.Name
+	(*CertifyKeyRequest)(nil),            // 4: signwarden.v1.CertifyKeyRequest
+	(*CertifyKeyResponse)(nil),           // 5: signwarden.v1.CertifyKeyResponse
+	(*ImportChainRequest)(nil),           // 6: signwarden.v1.ImportChainRequest
+	(*ImportChainResponse)(nil),          // 7: signwarden.v1.ImportChainResponse
+	(*CreateSigningRequestRequest)(nil),  // 8: signwarden.v1.CreateSigningRequestRequest
+	(*CreateSigningRequestResponse)(nil), // 9: signwarden.v1.CreateSigningRequestResponse
+	(*OpenPGPCertificate)(nil),           // 10: signwarden.v1.OpenPGPCertificate
+	(*CreateKeyRequest)(nil),             // 11: signwarden.v1.CreateKeyRequest
+	(*CreateKeyResponse)(nil),            // 12: signwarden.v1.CreateKeyResponse
+	(*GetKeyRequest)(nil),                // 13: signwarden.v1.GetKeyRequest
+	(*GetKeyResponse)(nil),               // 14: signwarden.v1.GetKeyResponse
+	(*AmendOpenPGPRequest)(nil),          // 15: signwarden.v1.AmendOpenPGPRequest
+	(*Renewal)(nil),                      // 16: signwarden.v1.Renewal
+	(*Revocation)(nil),                   // 17: signwarden.v1.Revocation
+	(*AmendOpenPGPResponse)(nil),         // 18: signwarden.v1.AmendOpenPGPResponse
+	(*RotateOpenPGPRequest)(nil),         // 19: signwarden.v1.RotateOpenPGPRequest
+	(*RotateOpenPGPResponse)(nil),        // 20: signwarden.v1.RotateOpenPGPResponse
+	(*ListKeysRequest)(nil),              // 21: signwarden.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),             // 22: signwarden.v1.ListKeysResponse
+	(*SetKeyStateRequest)(nil),           // 23: signwarden.v1.SetKeyStateRequest
+	(*SetKeyStateResponse)(nil),          // 24: signwarden.v1.SetKeyStateResponse
+	(*ApplyPolicyRequest)(nil),           // 25: signwarden.v1.ApplyPolicyRequest
+	(*ApplyPolicyResponse)(nil),          // 26: signwarden.v1.ApplyPolicyResponse
+	(*GetPolicyRequest)(nil),             // 27: signwarden.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),            // 28: signwarden.v1.GetPolicyResponse
+	(*TestPolicyRequest)(nil),            // 29: signwarden.v1.TestPolicyRequest
+	(*Package)(nil),                      // 30: signwarden.v1.Package
+	(*TestPolicyResponse)(nil),           // 31: signwarden.v1.TestPolicyResponse
+	(*ListEntriesRequest)(nil),           // 32: signwarden.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),          // 33: signwarden.v1.ListEntriesResponse
+	(*timestamppb.Timestamp)(nil),        // 34: google.protobuf.Timestamp
+	(HashAlgorithm)(0),                   // 35: signwarden.v1.HashAlgorithm
 }
 var file_signwarden_v1_admin_proto_depIdxs = []int32{
-	32, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
-	8,  // 1: signwarden.v1.Key.openpgp:type_name -> signwarden.v1.OpenPGPCertificate
-	1,  // 2: signwarden.v1.CertifyKeyRequest.subject:type_name -> signwarden.v1.Name
-	32, // 3: signwarden.v1.CertifyKeyRequest.expires:type_name -> google.protobuf.Timestamp
-	0,  // 4: signwarden.v1.CertifyKeyResponse.key:type_name -> signwarden.v1.Key
-	0,  // 5: signwarden.v1.ImportChainResponse.key:type_name -> signwarden.v1.Key
-	1,  // 6: signwarden.v1.CreateSigningRequestRequest.subject:type_name -> signwarden.v1.Name
-	32, // 7: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
-	32, // 8: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
-	0,  // 9: signwarden.v1.CreateKeyResponse.key:type_name -> signwarden.v1.Key
-	0,  // 10: signwarden.v1.GetKeyResponse.key:type_name -> signwarden.v1.Key
-	14, // 11: signwarden.v1.AmendOpenPGPRequest.renew:type_name -> signwarden.v1.Renewal
-	15, // 12: signwarden.v1.AmendOpenPGPRequest.revoke:type_name -> signwarden.v1.Revocation
-	32, // 13: signwarden.v1.Renewal.expires:type_name -> google.protobuf.Timestamp
-	0,  // 14: signwarden.v1.AmendOpenPGPResponse.key:type_name -> signwarden.v1.Key
-	32, // 15: signwarden.v1.RotateOpenPGPRequest.expires:type_name -> google.protobuf.Timestamp
-	32, // 16: signwarden.v1.RotateOpenPGPRequest.retire:type_name -> google.protobuf.Timestamp
-	0,  // 17: signwarden.v1.RotateOpenPGPResponse.key:type_name -> signwarden.v1.Key
-	0,  // 18: signwarden.v1.ListKeysResponse.keys:type_name -> signwarden.v1.Key
-	0,  // 19: signwarden.v1.SetKeyStateResponse.key:type_name -> signwarden.v1.Key
-	33, // 20: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
-	28, // 21: signwarden.v1.TestPolicyRequest.package:type_name -> signwarden.v1.Package
-	9,  // 22: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
-	11, // 23: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
-	19, // 24: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
-	21, // 25: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
-	2,  // 26: signwarden.v1.KeyService.CertifyKey:input_type -> signwarden.v1.CertifyKeyRequest
-	4,  // 27: signwarden.v1.KeyService.ImportChain:input_type -> signwarden.v1.ImportChainRequest
-	6,  // 28: signwarden.v1.KeyService.CreateSigningRequest:input_type -> signwarden.v1.CreateSigningRequestRequest
-	13, // 29: signwarden.v1.KeyService.AmendOpenPGP:input_type -> signwarden.v1.AmendOpenPGPRequest
-	17, // 30: signwarden.v1.KeyService.RotateOpenPGP:input_type -> signwarden.v1.RotateOpenPGPRequest
-	23, // 31: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
-	25, // 32: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
-	27, // 33: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
-	30, // 34: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
-	10, // 35: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
-	12, // 36: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
-	20, // 37: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
-	22, // 38: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
-	3,  // 39: signwarden.v1.KeyService.CertifyKey:output_type -> signwarden.v1.CertifyKeyResponse
-	5,  // 40: signwarden.v1.KeyService.ImportChain:output_type -> signwarden.v1.ImportChainResponse
-	7,  // 41: signwarden.v1.KeyService.CreateSigningRequest:output_type -> signwarden.v1.CreateSigningRequestResponse
-	16, // 42: signwarden.v1.KeyService.AmendOpenPGP:output_type -> signwarden.v1.AmendOpenPGPResponse
-	18, // 43: signwarden.v1.KeyService.RotateOpenPGP:output_type -> signwarden.v1.RotateOpenPGPResponse
-	24, // 44: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
-	26, // 45: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
-	29, // 46: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
-	31, // 47: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
-	35, // [35:48] is the sub-list for method output_type
-	22, // [22:35] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	34, // 0: signwarden.v1.Key.created:type_name -> google.protobuf.Timestamp
+	10, // 1: signwarden.v1.Key.openpgp:type_name -> signwarden.v1.OpenPGPCertificate
+	0,  // 2: signwarden.v1.AdoptKeyResponse.key:type_name -> signwarden.v1.Key
+	3,  // 3: signwarden.v1.CertifyKeyRequest.subject:type_name -> signwarden.v1.Name
+	34, // 4: signwarden.v1.CertifyKeyRequest.expires:type_name -> google.protobuf.Timestamp
+	0,  // 5: signwarden.v1.CertifyKeyResponse.key:type_name -> signwarden.v1.Key
+	0,  // 6: signwarden.v1.ImportChainResponse.key:type_name -> signwarden.v1.Key
+	3,  // 7: signwarden.v1.CreateSigningRequestRequest.subject:type_name -> signwarden.v1.Name
+	34, // 8: signwarden.v1.OpenPGPCertificate.expires:type_name -> google.protobuf.Timestamp
+	34, // 9: signwarden.v1.CreateKeyRequest.openpgp_expires:type_name -> google.protobuf.Timestamp
+	0,  // 10: signwarden.v1.CreateKeyResponse.key:type_name -> signwarden.v1.Key
+	0,  // 11: signwarden.v1.GetKeyResponse.key:type_name -> signwarden.v1.Key
+	16, // 12: signwarden.v1.AmendOpenPGPRequest.renew:type_name -> signwarden.v1.Renewal
+	17, // 13: signwarden.v1.AmendOpenPGPRequest.revoke:type_name -> signwarden.v1.Revocation
+	34, // 14: signwarden.v1.Renewal.expires:type_name -> google.protobuf.Timestamp
+	0,  // 15: signwarden.v1.AmendOpenPGPResponse.key:type_name -> signwarden.v1.Key
+	34, // 16: signwarden.v1.RotateOpenPGPRequest.expires:type_name -> google.protobuf.Timestamp
+	34, // 17: signwarden.v1.RotateOpenPGPRequest.retire:type_name -> google.protobuf.Timestamp
+	0,  // 18: signwarden.v1.RotateOpenPGPResponse.key:type_name -> signwarden.v1.Key
+	0,  // 19: signwarden.v1.ListKeysResponse.keys:type_name -> signwarden.v1.Key
+	0,  // 20: signwarden.v1.SetKeyStateResponse.key:type_name -> signwarden.v1.Key
+	35, // 21: signwarden.v1.TestPolicyRequest.hash:type_name -> signwarden.v1.HashAlgorithm
+	30, // 22: signwarden.v1.TestPolicyRequest.package:type_name -> signwarden.v1.Package
+	11, // 23: signwarden.v1.KeyService.CreateKey:input_type -> signwarden.v1.CreateKeyRequest
+	1,  // 24: signwarden.v1.KeyService.AdoptKey:input_type -> signwarden.v1.AdoptKeyRequest
+	13, // 25: signwarden.v1.KeyService.GetKey:input_type -> signwarden.v1.GetKeyRequest
+	21, // 26: signwarden.v1.KeyService.ListKeys:input_type -> signwarden.v1.ListKeysRequest
+	23, // 27: signwarden.v1.KeyService.SetKeyState:input_type -> signwarden.v1.SetKeyStateRequest
+	4,  // 28: signwarden.v1.KeyService.CertifyKey:input_type -> signwarden.v1.CertifyKeyRequest
+	6,  // 29: signwarden.v1.KeyService.ImportChain:input_type -> signwarden.v1.ImportChainRequest
+	8,  // 30: signwarden.v1.KeyService.CreateSigningRequest:input_type -> signwarden.v1.CreateSigningRequestRequest
+	15, // 31: signwarden.v1.KeyService.AmendOpenPGP:input_type -> signwarden.v1.AmendOpenPGPRequest
+	19, // 32: signwarden.v1.KeyService.RotateOpenPGP:input_type -> signwarden.v1.RotateOpenPGPRequest
+	25, // 33: signwarden.v1.PolicyService.ApplyPolicy:input_type -> signwarden.v1.ApplyPolicyRequest
+	27, // 34: signwarden.v1.PolicyService.GetPolicy:input_type -> signwarden.v1.GetPolicyRequest
+	29, // 35: signwarden.v1.PolicyService.TestPolicy:input_type -> signwarden.v1.TestPolicyRequest
+	32, // 36: signwarden.v1.AuditService.ListEntries:input_type -> signwarden.v1.ListEntriesRequest
+	12, // 37: signwarden.v1.KeyService.CreateKey:output_type -> signwarden.v1.CreateKeyResponse
+	2,  // 38: signwarden.v1.KeyService.AdoptKey:output_type -> signwarden.v1.AdoptKeyResponse
+	14, // 39: signwarden.v1.KeyService.GetKey:output_type -> signwarden.v1.GetKeyResponse
+	22, // 40: signwarden.v1.KeyService.ListKeys:output_type -> signwarden.v1.ListKeysResponse
+	24, // 41: signwarden.v1.KeyService.SetKeyState:output_type -> signwarden.v1.SetKeyStateResponse
+	5,  // 42: signwarden.v1.KeyService.CertifyKey:output_type -> signwarden.v1.CertifyKeyResponse
+	7,  // 43: signwarden.v1.KeyService.ImportChain:output_type -> signwarden.v1.ImportChainResponse
+	9,  // 44: signwarden.v1.KeyService.CreateSigningRequest:output_type -> signwarden.v1.CreateSigningRequestResponse
+	18, // 45: signwarden.v1.KeyService.AmendOpenPGP:output_type -> signwarden.v1.AmendOpenPGPResponse
+	20, // 46: signwarden.v1.KeyService.RotateOpenPGP:output_type -> signwarden.v1.RotateOpenPGPResponse
+	26, // 47: signwarden.v1.PolicyService.ApplyPolicy:output_type -> signwarden.v1.ApplyPolicyResponse
+	28, // 48: signwarden.v1.PolicyService.GetPolicy:output_type -> signwarden.v1.GetPolicyResponse
+	31, // 49: signwarden.v1.PolicyService.TestPolicy:output_type -> signwarden.v1.TestPolicyResponse
+	33, // 50: signwarden.v1.AuditService.ListEntries:output_type -> signwarden.v1.ListEntriesResponse
+	37, // [37:51] is the sub-list for method output_type
+	23, // [23:37] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_signwarden_v1_admin_proto_init() }
@@ -2276,10 +2428,11 @@ func file_signwarden_v1_admin_proto_init() {
 		return
 	}
 	file_signwarden_v1_signing_proto_init()
-	file_signwarden_v1_admin_proto_msgTypes[13].OneofWrappers = []any{
+	file_signwarden_v1_admin_proto_msgTypes[15].OneofWrappers = []any{
 		(*AmendOpenPGPRequest_Renew)(nil),
 		(*AmendOpenPGPRequest_AddUserId)(nil),
 		(*AmendOpenPGPRequest_Revoke)(nil),
+		(*AmendOpenPGPRequest_Replace)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2287,7 +2440,7 @@ func file_signwarden_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signwarden_v1_admin_proto_rawDesc), len(file_signwarden_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -20,6 +20,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	KeyService_CreateKey_FullMethodName            = "/signwarden.v1.KeyService/CreateKey"
+	KeyService_AdoptKey_FullMethodName             = "/signwarden.v1.KeyService/AdoptKey"
 	KeyService_GetKey_FullMethodName               = "/signwarden.v1.KeyService/GetKey"
 	KeyService_ListKeys_FullMethodName             = "/signwarden.v1.KeyService/ListKeys"
 	KeyService_SetKeyState_FullMethodName          = "/signwarden.v1.KeyService/SetKeyState"
@@ -38,6 +39,10 @@ const (
 type KeyServiceClient interface {
 	// CreateKey makes a key pair in the token. Needs an admin rule for the name.
 	CreateKey(ctx context.Context, in *CreateKeyRequest, opts ...grpc.CallOption) (*CreateKeyResponse, error)
+	// AdoptKey registers a key that is in the token and was not made by CreateKey, once it
+	// has signed. Needs an admin rule for the name. INVALID_ARGUMENT where the token has no
+	// such key, ALREADY_EXISTS where the name, the id or the public key is registered.
+	AdoptKey(ctx context.Context, in *AdoptKeyRequest, opts ...grpc.CallOption) (*AdoptKeyResponse, error)
 	// GetKey tells of one key. NOT_FOUND also where the caller may not see it.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*GetKeyResponse, error)
 	// ListKeys tells of every key that the caller may see, by name.
@@ -75,6 +80,16 @@ func (c *keyServiceClient) CreateKey(ctx context.Context, in *CreateKeyRequest, 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CreateKeyResponse)
 	err := c.cc.Invoke(ctx, KeyService_CreateKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyServiceClient) AdoptKey(ctx context.Context, in *AdoptKeyRequest, opts ...grpc.CallOption) (*AdoptKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AdoptKeyResponse)
+	err := c.cc.Invoke(ctx, KeyService_AdoptKey_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -169,6 +184,10 @@ func (c *keyServiceClient) RotateOpenPGP(ctx context.Context, in *RotateOpenPGPR
 type KeyServiceServer interface {
 	// CreateKey makes a key pair in the token. Needs an admin rule for the name.
 	CreateKey(context.Context, *CreateKeyRequest) (*CreateKeyResponse, error)
+	// AdoptKey registers a key that is in the token and was not made by CreateKey, once it
+	// has signed. Needs an admin rule for the name. INVALID_ARGUMENT where the token has no
+	// such key, ALREADY_EXISTS where the name, the id or the public key is registered.
+	AdoptKey(context.Context, *AdoptKeyRequest) (*AdoptKeyResponse, error)
 	// GetKey tells of one key. NOT_FOUND also where the caller may not see it.
 	GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error)
 	// ListKeys tells of every key that the caller may see, by name.
@@ -204,6 +223,9 @@ type UnimplementedKeyServiceServer struct{}
 
 func (UnimplementedKeyServiceServer) CreateKey(context.Context, *CreateKeyRequest) (*CreateKeyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateKey not implemented")
+}
+func (UnimplementedKeyServiceServer) AdoptKey(context.Context, *AdoptKeyRequest) (*AdoptKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AdoptKey not implemented")
 }
 func (UnimplementedKeyServiceServer) GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetKey not implemented")
@@ -264,6 +286,24 @@ func _KeyService_CreateKey_Handler(srv interface{}, ctx context.Context, dec fun
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(KeyServiceServer).CreateKey(ctx, req.(*CreateKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyService_AdoptKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AdoptKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).AdoptKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_AdoptKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).AdoptKey(ctx, req.(*AdoptKeyRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -422,6 +462,10 @@ var KeyService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CreateKey",
 			Handler:    _KeyService_CreateKey_Handler,
+		},
+		{
+			MethodName: "AdoptKey",
+			Handler:    _KeyService_AdoptKey_Handler,
 		},
 		{
 			MethodName: "GetKey",

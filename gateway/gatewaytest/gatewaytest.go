@@ -13,7 +13,9 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/asn1"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,6 +31,7 @@ import (
 	"github.com/signwarden/signwarden/gateway/ident"
 	"github.com/signwarden/signwarden/gateway/keys"
 	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/gateway/sigerr"
 	"github.com/signwarden/signwarden/gateway/store"
 )
 
@@ -54,7 +57,7 @@ func New(t testing.TB, policy string, change ...func(*gateway.Config)) *Fixture 
 	}
 	f := &Fixture{Token: NewToken(), Store: &Store{State: store.State{Policy: []byte(policy)}}, Root: Principal(t, "root")}
 	c := gateway.Config{
-		Store: f.Store, Token: f.Token, TokenLabel: "memory", Certify: Certify, Amend: Amend, Read: Read,
+		Store: f.Store, Token: f.Token, TokenLabel: "memory", Certify: Certify, Amend: Amend, Inspect: Inspect, Read: Read,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 	for _, ch := range change {
@@ -87,6 +90,18 @@ func (f *Fixture) Key(t testing.TB, name string, a keys.Algorithm) keys.Key {
 		t.Fatal(err)
 	}
 	return k
+}
+
+// Put brings a new Ed25519 key into the token, as somebody else would, and returns its
+// public half.
+func (f *Fixture) Put(t testing.TB, id string) crypto.PublicKey {
+	t.Helper()
+	pub, k, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Token.Put([]byte(id), k)
+	return pub
 }
 
 // Request is a well-formed request for a SHA-256 digest of text.
@@ -129,6 +144,40 @@ func Amend(m gateway.Amendment) ([]byte, error) {
 		out = append(out, sig...)
 	}
 	return out, nil
+}
+
+// Certificate is one that Inspect reads: of these keys, the second nil where the first
+// is the primary key itself.
+func Certificate(t testing.TB, userID string, signing, primary crypto.PublicKey) []byte {
+	t.Helper()
+	out := "certificate of " + userID
+	for _, k := range []crypto.PublicKey{signing, primary} {
+		der, err := x509.MarshalPKIXPublicKey(k)
+		if k != nil && err != nil {
+			t.Fatal(err)
+		}
+		out += fmt.Sprintf("\n%x", der)
+	}
+	return []byte(out)
+}
+
+// Created is when the keys of every Certificate were.
+var Created = time.Date(2001, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// Inspect stands for a reader of certificates.
+func Inspect(cert []byte, signing crypto.PublicKey, _ time.Time) (gateway.Inspected, error) {
+	lines := strings.Split(strings.TrimPrefix(string(cert), "certificate of "), "\n")
+	der, err := x509.MarshalPKIXPublicKey(signing)
+	if err != nil || len(lines) != 3 || lines[1] != hex.EncodeToString(der) {
+		return gateway.Inspected{}, fmt.Errorf("%w: no certificate of this key", sigerr.Invalid)
+	}
+	in := gateway.Inspected{Certificate: cert, UserID: lines[0], Created: Created}
+	if lines[2] != "" {
+		if der, err = hex.DecodeString(lines[2]); err == nil {
+			in.Primary, err = x509.ParsePKIXPublicKey(der)
+		}
+	}
+	return in, err
 }
 
 // Read stands for a reader of messages. Those of rpm are the parts of a package's
@@ -233,6 +282,26 @@ func (k *Token) Signer(id []byte) crypto.Signer {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.pairs[string(id)]
+}
+
+// Put brings a pair in, as somebody else would.
+func (k *Token) Put(id []byte, s crypto.Signer) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.pairs[string(id)] = s
+}
+
+type noPair struct{}
+
+func (noPair) Error() string  { return "no such pair" }
+func (noPair) NotFound() bool { return true }
+
+// PublicKey implements gateway.Token.
+func (k *Token) PublicKey(_ context.Context, id []byte) (crypto.PublicKey, error) {
+	if s := k.Signer(id); s != nil {
+		return s.Public(), nil
+	}
+	return nil, noPair{}
 }
 
 // Delete implements gateway.Token.

@@ -73,9 +73,20 @@ func (a *admin) CreateKey(ctx context.Context, r *pb.CreateKeyRequest) (*pb.Crea
 	return &pb.CreateKeyResponse{Key: a.done(ctx, k)}, nil
 }
 
+// AdoptKey implements the call.
+func (a *admin) AdoptKey(ctx context.Context, r *pb.AdoptKeyRequest) (*pb.AdoptKeyResponse, error) {
+	k, err := a.s.c.Gateway.AdoptKey(ctx, principal(ctx), frontEnd, gateway.Adoption{
+		Name: r.GetName(), ID: r.GetTokenId(), OpenPGP: r.GetOpenpgpCertificate(), PrimaryID: r.GetOpenpgpPrimaryId(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &pb.AdoptKeyResponse{Key: a.done(ctx, k)}, nil
+}
+
 // AmendOpenPGP implements the call.
 func (a *admin) AmendOpenPGP(ctx context.Context, r *pb.AmendOpenPGPRequest) (*pb.AmendOpenPGPResponse, error) {
-	c := gateway.OpenPGPChange{AddUserID: r.GetAddUserId()}
+	c := gateway.OpenPGPChange{AddUserID: r.GetAddUserId(), Replace: r.GetReplace()}
 	if n := r.GetRenew(); n != nil {
 		expires := fromTimestamp(n.GetExpires())
 		c.Renew = &expires

@@ -54,6 +54,35 @@ func manyKeys(t *testing.T, n int) []keys.Key {
 	return all
 }
 
+// A key that others brought into the token is adopted, with its certificate.
+func TestAdoptKey(t *testing.T) {
+	t.Parallel()
+	f := gatewaytest.New(t, kindsPolicy)
+	pub, primary := f.Put(t, "theirs"), f.Put(t, "primary")
+	s := serve(t, f)
+	root := s.client(t, "root")
+	cert := gatewaytest.Certificate(t, "A <a@example.org>", pub, primary)
+	k, err := root.AdoptKey(t.Context(), client.Adoption{Name: "k-1", TokenID: []byte("theirs"), OpenPGP: cert, PrimaryID: []byte("primary")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, ok := k.PublicKey.(ed25519.PublicKey); !ok || !p.Equal(pub) || string(k.TokenID) != "theirs" || !k.Created.Equal(gatewaytest.Created) ||
+		k.OpenPGP == nil || k.OpenPGP.Layout != keys.Subkey || string(k.OpenPGP.Certificate) != string(cert) {
+		t.Errorf("key %+v", k)
+	}
+	for want, a := range map[error]client.Adoption{
+		sigerr.Conflict: {Name: "k-2", TokenID: []byte("theirs")},
+		sigerr.Invalid:  {Name: "k-2", TokenID: []byte("nobody's")},
+	} {
+		if _, err := root.AdoptKey(t.Context(), a); !errors.Is(err, want) {
+			t.Errorf("%q: got %v, want %v", a.TokenID, err, want)
+		}
+	}
+	if _, err := s.client(t, "carol").AdoptKey(t.Context(), client.Adoption{Name: "k-2", TokenID: []byte("primary")}); !errors.Is(err, sigerr.Denied) {
+		t.Errorf("carol: %v", err)
+	}
+}
+
 func TestListKeysInPages(t *testing.T) {
 	t.Parallel()
 	const n = 1203
@@ -297,6 +326,9 @@ func calls(conn *grpc.ClientConn) map[string]struct {
 		"KeyService.CreateKey": {1, func(ctx context.Context) error {
 			return second(ks.CreateKey(ctx, &pb.CreateKeyRequest{Name: "new", Algorithm: "ed25519"}))
 		}},
+		"KeyService.AdoptKey": {1, func(ctx context.Context) error {
+			return second(ks.AdoptKey(ctx, &pb.AdoptKeyRequest{Name: "adopted", TokenId: []byte("theirs")}))
+		}},
 		"KeyService.SetKeyState": {1, func(ctx context.Context) error {
 			return second(ks.SetKeyState(ctx, &pb.SetKeyStateRequest{Name: "other", State: "disabled"}))
 		}},
@@ -353,6 +385,7 @@ func TestEveryMethod(t *testing.T) {
 	})
 	f.Key(t, "k", keys.Ed25519)
 	f.Key(t, "other", keys.Ed25519)
+	f.Put(t, "theirs")
 	if _, err := f.CreateKey(t.Context(), f.Root, "test", gateway.KeySpec{Name: "pgp", Algorithm: keys.Ed25519, UserID: "p"}); err != nil {
 		t.Fatal(err)
 	}

@@ -115,10 +115,14 @@ type OpenPGP struct {
 	Expires     time.Time // zero: never
 	Certificate []byte    // transferable public key, binary
 
-	// The certify-only primary key; empty with Single.
+	// The certify-only primary key; empty with Single. One that is kept off line has no
+	// PrimaryID: the certificate is then changed where it is.
 	PrimaryID     []byte // CKA_ID
 	PrimaryPublic []byte // SubjectPublicKeyInfo
 }
+
+// OffLine says whether the primary key is in no token.
+func (o *OpenPGP) OffLine() bool { return len(o.PrimaryPublic) > 0 && len(o.PrimaryID) == 0 }
 
 // Key is what is stored of a key. It is a value: nothing in it is changed in place.
 type Key struct {

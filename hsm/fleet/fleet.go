@@ -177,18 +177,49 @@ func equal(a, b crypto.PublicKey) bool {
 	return ok && x.Equal(b)
 }
 
-// Sign is [worker.Token.Sign] of a token that has the key. A key that is not
-// pinned is that of a pair which Generate has just made.
+// PublicKey is [worker.Token.PublicKey] of the tokens that are open and work; they agree
+// on it, or it is an error.
+func (f *Fleet) PublicKey(ctx context.Context, id []byte) (crypto.PublicKey, error) {
+	var found crypto.PublicKey
+	var at string
+	var errs []error
+	for _, m := range f.members {
+		f.mu.Lock()
+		t, works, why := m.token, m.breaker.works(), m.err
+		f.mu.Unlock()
+		if t == nil || !works {
+			errs = append(errs, fmt.Errorf("token %s does not work: %w", m.Name, cmp.Or(why, error(errNone))))
+			continue
+		}
+		pub, err := t.PublicKey(ctx, id)
+		switch {
+		case errors.Is(err, hsm.ErrNotFound):
+		case err != nil:
+			errs = append(errs, m.failed(t, err))
+		case found != nil && !equal(found, pub):
+			return nil, fmt.Errorf("public key: the tokens %s and %s have different keys with the id %x", at, m.Name, id)
+		default:
+			found, at = pub, m.Name
+		}
+	}
+	switch {
+	case found != nil:
+		return found, nil
+	case len(errs) > 0:
+		return nil, errors.Join(errs...)
+	}
+	return nil, fmt.Errorf("public key: %w", hsm.ErrNotFound)
+}
+
+// Sign is [worker.Token.Sign] of a token that has the key. A key that is not pinned is
+// that of a pair which Generate has just made, or one that is to be registered: the
+// first token has it, or the first that does.
 func (f *Fleet) Sign(ctx context.Context, by string, weight int, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	f.mu.Lock()
 	_, pinned := f.pins[string(id)]
 	f.mu.Unlock()
 	if !pinned {
-		t, err := f.primary()
-		if err != nil {
-			return nil, err
-		}
-		return t.Sign(ctx, by, weight, id, digest, opts)
+		return f.signUnpinned(ctx, by, weight, id, digest, opts)
 	}
 	var tried uint64
 	var first error
@@ -219,6 +250,35 @@ func (f *Fleet) Sign(ctx context.Context, by string, weight int, id, digest []by
 			first = err
 		}
 	}
+}
+
+func (f *Fleet) signUnpinned(ctx context.Context, by string, weight int, id, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	t, err := f.primary()
+	if err == nil {
+		var sig []byte
+		if sig, err = t.Sign(ctx, by, weight, id, digest, opts); err == nil {
+			return sig, nil
+		}
+	}
+	for _, m := range f.members[1:] {
+		if ctx.Err() != nil || !errors.Is(err, hsm.ErrNotFound) && !broken(err) {
+			break
+		}
+		f.mu.Lock()
+		t, works := m.token, m.breaker.works()
+		f.mu.Unlock()
+		if t == nil || !works {
+			continue
+		}
+		sig, other := t.Sign(ctx, by, weight, id, digest, opts)
+		if other == nil {
+			return sig, nil
+		}
+		if errors.Is(err, hsm.ErrNotFound) { // which tells least
+			err = other
+		}
+	}
+	return nil, err
 }
 
 // nowhere says why no token was asked.

@@ -26,7 +26,8 @@ type fake struct {
 	signs  int
 	busy   int
 	since  time.Time
-	asked  int // whatever
+	asked  int  // whatever
+	noKey  bool // Sign finds none
 }
 
 func newFake(keys map[string]crypto.PublicKey) *fake {
@@ -47,6 +48,10 @@ func (k *fake) Sign(ctx context.Context, _ string, _ int, id, _ []byte, _ crypto
 		return nil, err
 	}
 	k.mu.Lock()
+	if k.noKey {
+		k.mu.Unlock()
+		return nil, hsm.ErrNotFound
+	}
 	k.busy++
 	k.since = time.Now()
 	hangs := k.hangs
@@ -199,6 +204,40 @@ func TestBreaker(t *testing.T) {
 		a.set(nil)
 		if err := sign(f); err != nil {
 			t.Errorf("with no token known to work, and one that does: %v", err)
+		}
+	})
+}
+
+// A key that is not registered yet is read from the tokens that have it, which agree, and
+// tried with the first of those.
+func TestUnpinned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, c := newFake(nil), newFake(map[string]crypto.PublicKey{"x": keyA, "y": keyA}), newFake(map[string]crypto.PublicKey{"y": keyB})
+		f := open(t, a, b, c)
+		defer f.Close()
+		a.noKey = true
+		if pub, err := f.PublicKey(t.Context(), []byte("x")); err != nil || !keyA.Equal(pub) {
+			t.Errorf("in one of three: %v, %v", pub, err)
+		}
+		if _, err := f.PublicKey(t.Context(), []byte("y")); err == nil || errors.Is(err, hsm.ErrNotFound) || !strings.Contains(err.Error(), "different keys") {
+			t.Errorf("two keys with one id: %v", err)
+		}
+		if _, err := f.PublicKey(t.Context(), []byte("z")); !errors.Is(err, hsm.ErrNotFound) {
+			t.Errorf("in none: %v", err)
+		}
+		if _, err := f.Sign(t.Context(), "p", 1, []byte("x"), nil, crypto.Hash(0)); err != nil || a.count() != 0 || b.count() != 1 || c.count() != 0 {
+			t.Errorf("signing: %v; %d, %d, %d", err, a.count(), b.count(), c.count())
+		}
+		a.noKey = false
+		a.set(gone())
+		b.noKey, c.noKey = true, true
+		if _, err := f.Sign(t.Context(), "p", 1, []byte("x"), nil, crypto.Hash(0)); err == nil || errors.Is(err, hsm.ErrNotFound) || !strings.Contains(err.Error(), "gone") {
+			t.Errorf("the first does not work, and the others have it not: %v", err)
+		}
+		a.set(nil)
+		b.set(gone())
+		if _, err := f.PublicKey(t.Context(), []byte("x")); err == nil || errors.Is(err, hsm.ErrNotFound) {
+			t.Errorf("where who has it does not work: %v", err)
 		}
 	})
 }

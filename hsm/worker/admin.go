@@ -1,9 +1,7 @@
 package worker
 
 import (
-	"bytes"
 	"context"
-	"crypto"
 	"errors"
 	"fmt"
 	"io"
@@ -19,26 +17,6 @@ import (
 // there or not: some tokens take a minute for an RSA key.
 const actTimeout = 5 * time.Minute
 
-// Generate is [hsm.Pool.Generate], done by a worker of its own. When ctx ends
-// first, that worker destroys what it makes. Where it dies a pair with this id
-// may remain, for Delete.
-func (t *Token) Generate(ctx context.Context, label string, id []byte, algorithm string) (crypto.PublicKey, error) {
-	b, err := t.act(ctx, "generate", kindGenerate, generation{label, id, algorithm}.append(nil))
-	if e, ok := errors.AsType[*hsm.Error](err); ok && e.Class == hsm.ClassCrashed {
-		return nil, fmt.Errorf("%w; a key with id %x may be left in the token, which Delete removes", err, id)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return parsePublic(b)
-}
-
-// Delete is [hsm.Pool.Delete], done by a worker of its own.
-func (t *Token) Delete(ctx context.Context, id []byte) error {
-	_, err := t.act(ctx, "delete", kindDelete, bytes.Clone(id))
-	return err
-}
-
 // enter has Close wait for the caller, until it calls running.Done; false where
 // Close was called.
 func (t *Token) enter() bool {
@@ -50,21 +28,31 @@ func (t *Token) enter() bool {
 	return !t.closed
 }
 
-// act has one request done by a child that starts for it. One does at a time.
-func (t *Token) act(ctx context.Context, op string, kind byte, body []byte) ([]byte, error) {
-	if len(body) > maxBody {
-		return nil, tooLong(op, len(body))
+// takeTurn waits until no other act is done, and has Close wait for the caller.
+func (t *Token) takeTurn(ctx context.Context, size int) error {
+	if size > maxBody {
+		return tooLong("act", size)
 	}
 	select {
 	case t.admin <- struct{}{}:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%s: %w", op, ctx.Err())
+		return ctx.Err()
 	case <-t.closing.Done():
-		return nil, fmt.Errorf("%s: %w", op, hsm.ErrClosed)
+		return hsm.ErrClosed
 	}
 	if !t.enter() {
 		<-t.admin
-		return nil, fmt.Errorf("%s: %w", op, hsm.ErrClosed)
+		return hsm.ErrClosed
+	}
+	return nil
+}
+
+// act has one request done by a child that starts for it. One does at a time. The
+// body is overwritten when it is done: it may be a private key.
+func (t *Token) act(ctx context.Context, op string, kind byte, body []byte) ([]byte, error) {
+	if err := t.takeTurn(ctx, len(body)); err != nil {
+		clear(body)
+		return nil, fmt.Errorf("%s: %w", op, err)
 	}
 	defer t.running.Done()
 	came := make(chan outcome, 1)
@@ -94,6 +82,7 @@ const maxLoans = 2
 // otherwise make no key as long as we sign. When ctx ends the child undoes what it has
 // begun.
 func (t *Token) perform(ctx context.Context, op string, kind byte, body []byte, came chan<- outcome) {
+	defer clear(body)
 	for loans := 0; ; loans++ {
 		p, err := t.start(ctx, modeAdmin)
 		var answer []byte
@@ -174,13 +163,26 @@ func (t *Token) awaitReturn(p *process) {
 	}
 }
 
+// maxParts bounds an answer in parts.
+const maxParts = 16 << 20
+
 // ask has a child answer one request, which is its first.
 func (p *process) ask(op string, kind byte, body []byte) ([]byte, error) {
 	p.conn.SetDeadline(time.Now().Add(actTimeout))
-	_, err := p.conn.Write(appendFrame(nil, kind, 1, body))
+	request := appendFrame(nil, kind, 1, body)
+	_, err := p.conn.Write(request)
+	clear(request)
+	var parts []byte
 	var f frame
-	if err == nil {
+	for err == nil {
 		f, err = readFrame(p.conn)
+		if err != nil || f.kind != kindPart {
+			break
+		}
+		if len(parts)+len(f.body) > maxParts {
+			return nil, fmt.Errorf("%s: %w: an answer of more than %d bytes", op, errFrame, maxParts)
+		}
+		parts = append(parts, f.body...)
 	}
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -188,7 +190,7 @@ func (p *process) ask(op string, kind byte, body []byte) ([]byte, error) {
 	case err != nil:
 		return nil, &hsm.Error{Op: op, Class: hsm.ClassCrashed, Detail: fmt.Sprintf("the administrative worker died: %v; the log has what it said", err)}
 	case f.kind == kindDone && f.number == 1:
-		return f.body, nil
+		return append(parts, f.body...), nil
 	case f.kind == kindFailed && f.number == 1:
 		fail, err := parseFailure(f.body)
 		if err != nil {

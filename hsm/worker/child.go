@@ -180,6 +180,8 @@ func act(p *pipe, pool *hsm.Pool) {
 	if !ok {
 		return
 	}
+	clear(p.buf[:p.from]) // it may have been a private key
+	defer clear(f.body)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() { // ends with the process
@@ -187,15 +189,22 @@ func act(p *pipe, pool *hsm.Pool) {
 		cancel()
 	}()
 	kind := kindDone
-	b, err := write(ctx, pool, f)
+	b, err := write(ctx, pool, f, func(part []byte) { p.send(kindPart, f.number, part, false) })
 	if err != nil {
 		kind, b = kindFailed, appendFailure(nil, err)
 	}
 	p.send(kind, f.number, b, false)
 }
 
-func write(ctx context.Context, pool *hsm.Pool, f frame) ([]byte, error) {
+// write does one act. Of an answer that may be long it gives the first parts to part.
+func write(ctx context.Context, pool *hsm.Pool, f frame, part func([]byte)) ([]byte, error) {
 	switch f.kind {
+	case kindList:
+		objects, err := pool.List(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return appendObjects(objects, part), nil
 	case kindGenerate:
 		g, err := parseGeneration(f.body)
 		if err != nil {
@@ -206,6 +215,22 @@ func write(ctx context.Context, pool *hsm.Pool, f frame) ([]byte, error) {
 			return nil, err
 		}
 		return x509.MarshalPKIXPublicKey(pub)
+	case kindImport:
+		label, id, key, err := parseImport(f.body)
+		if err != nil {
+			return nil, err
+		}
+		pub, err := pool.Import(ctx, label, id, key)
+		if err != nil {
+			return nil, err
+		}
+		return x509.MarshalPKIXPublicKey(pub)
+	case kindCertificate:
+		id, der, err := parseCertificate(f.body)
+		if err != nil {
+			return nil, err
+		}
+		return nil, pool.ImportCertificate(ctx, id, der)
 	case kindDelete:
 		return nil, pool.Delete(ctx, f.body)
 	}

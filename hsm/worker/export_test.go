@@ -2,7 +2,9 @@ package worker
 
 import (
 	"bytes"
+	"context"
 	"crypto"
+	"crypto/x509"
 	"testing"
 	"time"
 
@@ -59,6 +61,26 @@ func Order(kinds string) []uint32 {
 	}
 }
 
+func Import(label string, id, der []byte) []byte {
+	return appendFrame(nil, kindImport, 1, appendImport(label, id, der))
+}
+func List(objects ...hsm.Object) []byte {
+	return appendFrame(nil, kindPart, 1, appendObjects(objects, func([]byte) { panic("too many") }))
+}
+
+// Administrative are the requests that a child which signs does not know.
+var Administrative = map[string]byte{
+	"generate": kindGenerate, "delete": kindDelete, "list": kindList, "import": kindImport, "certificate": kindCertificate,
+}
+
+// AskSigner sends a request to a child that signs.
+func AskSigner(ctx context.Context, t *Token, kind byte, body []byte) error {
+	c := newCall(kind)
+	c.body = append(c.body, body...)
+	_, err := t.do(ctx, "test", c, "", 1, nil)
+	return err
+}
+
 // Reencode parses the first frame of b with its body, and encodes it again.
 func Reencode(b []byte) (again []byte, n int, err error) {
 	f, n, err := parseFrame(b)
@@ -91,6 +113,28 @@ func Reencode(b []byte) (again []byte, n int, err error) {
 			return nil, 0, err
 		}
 		body = g.append(nil)
+	case kindImport:
+		label, id, key, err := parseImport(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = appendImport(label, id, der)
+	case kindCertificate:
+		id, der, err := parseCertificate(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = append(appendString(nil, id), der...)
+	case kindPart:
+		objects, err := parseObjects(f.body)
+		if err != nil {
+			return nil, 0, err
+		}
+		body = appendObjects(objects, func([]byte) { panic("too many") })
 	case kindFailed:
 		e, err := parseFailure(f.body)
 		if err != nil {

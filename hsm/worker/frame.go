@@ -31,20 +31,24 @@ const (
 
 // The kinds of frames.
 const (
-	kindHello    byte = iota + 1 // to the child, the first: hello
-	kindAsk                      // its answer: hsm.Info; it would log in
-	kindPIN                      // to the child, the answer to that: the PIN
-	kindReady                    // it is logged in: hsm.Info
-	kindSign                     // sign request; the answer is the signature
-	kindSuspect                  // the same, of one that may have crashed a child: no answer is held over it
-	kindUrgent                   // a sign request that goes before those that wait in the child, but for suspects
-	kindPublic                   // an id; the answer is a public key
-	kindPing                     // no body, nor has its answer
-	kindGenerate                 // of an administrative child
-	kindDelete                   // of an administrative child
-	kindDone                     // an answer
-	kindFailed                   // an answer: an error
-	maxKind      = kindFailed
+	kindHello       byte = iota + 1 // to the child, the first: hello
+	kindAsk                         // its answer: hsm.Info; it would log in
+	kindPIN                         // to the child, the answer to that: the PIN
+	kindReady                       // it is logged in: hsm.Info
+	kindSign                        // sign request; the answer is the signature
+	kindSuspect                     // the same, of one that may have crashed a child: no answer is held over it
+	kindUrgent                      // a sign request that goes before those that wait in the child, but for suspects
+	kindPublic                      // an id; the answer is a public key
+	kindPing                        // no body, nor has its answer
+	kindGenerate                    // of an administrative child
+	kindDelete                      // of an administrative child
+	kindList                        // of an administrative child; the answer is parts, and one that is empty
+	kindImport                      // of an administrative child; the answer is a public key
+	kindCertificate                 // of an administrative child; the answer is empty
+	kindPart                        // of an answer, which has more
+	kindDone                        // an answer
+	kindFailed                      // an answer: an error
+	maxKind         = kindFailed
 )
 
 var errFrame = errors.New("malformed frame")

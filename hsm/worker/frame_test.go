@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/ed25519"
 	"crypto/rsa"
+	"crypto/x509"
 	"fmt"
 	"testing"
 
@@ -21,6 +22,11 @@ func seeds() [][]byte {
 		worker.Ready(hsm.Info{Module: "m", TokenLabel: "l", Sessions: 2, Mechanisms: []hsm.Mechanism{{Name: "CKM_ECDSA", Offered: true, MinBits: 112, MaxBits: 521}}}),
 		worker.Generate("label", []byte("id"), "p256"),
 		worker.Frame(worker.KindDone, 7, []byte("signature")),
+		worker.Frame(worker.Administrative["certificate"], 1, []byte("\x00\x02idDER")),
+		worker.Import("l", []byte("id"), pkcs8(ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize)))),
+		worker.List(), worker.List(
+			hsm.Object{Kind: hsm.PrivateKey, Label: "l", ID: []byte("id"), Algorithm: "rsa4096", Sensitive: hsm.Yes, Extractable: hsm.No},
+			hsm.Object{Kind: hsm.Certificate, Subject: "CN=x", Serial: "12"}),
 	}
 	for _, o := range []crypto.SignerOpts{nil, crypto.SHA256, &rsa.PSSOptions{Hash: crypto.SHA512, SaltLength: rsa.PSSSaltLengthEqualsHash}, &ed25519.Options{Context: "c"}} {
 		s = append(s, worker.Sign([]byte("id"), digest(1), o))
@@ -29,6 +35,14 @@ func seeds() [][]byte {
 		s = append(s, worker.Failed(err))
 	}
 	return s
+}
+
+func pkcs8(k crypto.PrivateKey) []byte {
+	der, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		panic(err)
+	}
+	return der
 }
 
 // Whatever is accepted is encoded in one way only, and every seed is accepted.

@@ -18,7 +18,7 @@ import (
 // What a child is for.
 const (
 	modeSign  byte = iota + 1 // read-only: sign, public key, ping
-	modeAdmin                 // one act: generate or delete
+	modeAdmin                 // one act: list, generate, import, delete
 )
 
 // hello is the first frame to a child.

@@ -17,8 +17,9 @@
 //     login is replaced, and after a refusal none starts (pin.go). Config.Tries
 //     keeps this over restarts.
 //  3. The children that sign have read-only sessions and know no request that
-//     writes. What writes is done by a child that starts for this one act and
-//     then ends; one at a time.
+//     writes. What writes (generate, import, delete) is done by a child that starts
+//     for this one act and then ends, and so is what lists the token; one at a time.
+//     A private key that is imported goes to that child through its socket pair.
 //  4. The PIN goes to a child through its socket pair; it is in no argument
 //     list and no environment. Nor does a child inherit our environment.
 //  5. Children end with the process that started them, however it ends.
@@ -172,13 +173,7 @@ type Token struct {
 // start then, one after the other. The PIN is tried once. An error of the
 // child comes back with its text and class, as from [hsm.Open].
 func Open(ctx context.Context, c Config) (*Token, error) {
-	c.defaults()
-	t := &Token{
-		c: c, log: c.Logger, threads: newThread(), pin: c.PIN,
-		starting: make(chan struct{}, 1), admin: make(chan struct{}, 1),
-		waiting: newQueue(), prices: map[string]*price{},
-	}
-	t.closing, t.stop = context.WithCancel(context.WithoutCancel(ctx))
+	t := newToken(ctx, c)
 	first, err := t.start(ctx, modeSign)
 	if err != nil {
 		t.stop()
@@ -200,6 +195,18 @@ func Open(ctx context.Context, c Config) (*Token, error) {
 		t.running.Go(func() { t.keep(nil) })
 	}
 	return t, nil
+}
+
+// newToken is a token without a worker.
+func newToken(ctx context.Context, c Config) *Token {
+	c.defaults()
+	t := &Token{
+		c: c, log: c.Logger, threads: newThread(), pin: c.PIN, unwatch: func() {},
+		starting: make(chan struct{}, 1), admin: make(chan struct{}, 1),
+		waiting: newQueue(), prices: map[string]*price{},
+	}
+	t.closing, t.stop = context.WithCancel(context.WithoutCancel(ctx))
+	return t
 }
 
 // Info returns what the module and the token said of themselves; Sessions are

@@ -3,7 +3,8 @@
 //
 // COUNT_DIR/calls gets a line for each call that is counted. Where
 // COUNT_DIR/NAME.rv exists, the next C_NAME takes it away and returns the number
-// in it; 'crash' crashes, 'hang' hangs. While COUNT_DIR/deadly exists, every C_Sign
+// in it; 'crash' crashes, 'hang' hangs, 'wait' waits
+// for COUNT_DIR/NAME.go. While COUNT_DIR/deadly exists, every C_Sign
 // crashes that is over what begins with what is in it.
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -49,7 +50,10 @@ static CK_RV ordered(const char *name) {
 		raise(SIGSEGV);
 	while (strcmp(text, "hang") == 0)
 		pause();
-	return strtoul(text, NULL, 0);
+	snprintf(mine, sizeof mine, "%s/%s.go", getenv("COUNT_DIR"), name);
+	while (strcmp(text, "wait") == 0 && access(mine, F_OK) != 0)
+		usleep(1000);
+	return strtoul(text, NULL, 0); // of a word 0
 }
 
 static CK_RV openSession(CK_SLOT_ID slot, CK_FLAGS flags, CK_VOID_PTR app, CK_NOTIFY notify, CK_SESSION_HANDLE_PTR sh) {
@@ -97,6 +101,13 @@ static CK_RV generate(CK_SESSION_HANDLE sh, CK_MECHANISM_PTR mech, CK_ATTRIBUTE_
 	return late ? late : rv;
 }
 
+static CK_RV createObject(CK_SESSION_HANDLE sh, CK_ATTRIBUTE_PTR t, CK_ULONG n, CK_OBJECT_HANDLE_PTR h) {
+	count("C_CreateObject");
+	CK_RV rv = real->C_CreateObject(sh, t, n, h);
+	CK_RV late = ordered("CreateObject"); // failed, but persisted
+	return late ? late : rv;
+}
+
 CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR list) {
 	if (real == NULL) {
 		void *so = dlopen("/usr/lib/softhsm/libsofthsm2.so", RTLD_NOW);
@@ -109,6 +120,7 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR list) {
 		ours.C_Sign = sign;
 		ours.C_GenerateRandom = generateRandom;
 		ours.C_GenerateKeyPair = generate;
+		ours.C_CreateObject = createObject;
 	}
 	*list = &ours;
 	return CKR_OK;

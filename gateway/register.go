@@ -1,0 +1,60 @@
+package gateway
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/signwarden/signwarden/gateway/audit"
+	"github.com/signwarden/signwarden/gateway/ident"
+	"github.com/signwarden/signwarden/gateway/policy"
+	"github.com/signwarden/signwarden/gateway/sigerr"
+)
+
+// beginKey opens an act that registers a key, of which check tells whether it can be
+// done at all. The name is the caller's then, until unreserve; where it errs it is not.
+func (g *Gateway) beginKey(ctx context.Context, p ident.Principal, action, name, frontEnd string, check func(now time.Time) error) (act, error) {
+	a, err := g.begin(ctx, p, action, name, frontEnd)
+	if err != nil {
+		return a, err
+	}
+	if err := check(a.e.Time); err != nil {
+		return a, g.fail(a, audit.Denied, err)
+	}
+	d := a.s.rules.Allow(policy.Query{Principal: p.Name(), Key: name, Action: policy.Admin, Now: a.e.Time})
+	if !d.Allowed {
+		return a, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
+	}
+	a.e.Rule = d.Rule
+	if err := g.reserve(name); err != nil {
+		return a, g.fail(a, audit.Denied, err)
+	}
+	return a, nil
+}
+
+// mayRegister asks again whether p may, under admin: the rules may have changed while
+// the token worked.
+func (g *Gateway) mayRegister(p ident.Principal, name string) error {
+	d := g.snap.Load().rules.Allow(policy.Query{Principal: p.Name(), Key: name, Action: policy.Admin, Now: g.c.Now()})
+	if !d.Allowed {
+		return fmt.Errorf("%w: %s", sigerr.Denied, d.Reason)
+	}
+	return nil
+}
+
+// reserve keeps two acts from generating under one name at a time.
+func (g *Gateway) reserve(name string) error {
+	g.admin.Lock()
+	defer g.admin.Unlock()
+	if g.creating[name] || g.snap.Load().keys.Get(name) != nil {
+		return fmt.Errorf("%w: a key %q exists; choose another name", sigerr.Conflict, name)
+	}
+	g.creating[name] = true
+	return nil
+}
+
+func (g *Gateway) unreserve(name string) {
+	g.admin.Lock()
+	defer g.admin.Unlock()
+	delete(g.creating, name)
+}
