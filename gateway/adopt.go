@@ -14,7 +14,6 @@ import (
 	"github.com/signwarden/signwarden/gateway/audit"
 	"github.com/signwarden/signwarden/gateway/ident"
 	"github.com/signwarden/signwarden/gateway/keys"
-	"github.com/signwarden/signwarden/gateway/policy"
 	"github.com/signwarden/signwarden/gateway/sigerr"
 	"github.com/signwarden/signwarden/gateway/store"
 )
@@ -58,7 +57,7 @@ func (a *Adoption) check(canInspect bool) error {
 }
 
 // AdoptKey registers a key that is in the token and that the gateway did not make. Needs
-// an admin rule for the name. A key of which the gateway knows already, by its id or its
+// an admin rule for every key: of what else is in the token no rule says whose it is. A key of which the gateway knows already, by its id or its
 // public key, is refused. Nothing in the token changes, whatever comes of it.
 //
 // Before it is registered the key has made one signature, which verifies with the public
@@ -69,6 +68,9 @@ func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd stri
 		return keys.Key{}, err
 	}
 	defer g.unreserve(ad.Name)
+	if err := mayAdopt(a.s, p, a.e.Time); err != nil {
+		return keys.Key{}, g.fail(a, audit.Denied, err)
+	}
 	a.e.Detail = fmt.Sprintf("token %q, id %x", g.c.TokenLabel, ad.ID)
 	k, err := g.examine(ctx, ad)
 	if err != nil {
@@ -84,11 +86,12 @@ func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd stri
 	}
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	if err := g.mayRegister(p, ad.Name); err != nil {
+	// Asked again: the rules may have changed while the token worked.
+	if err := mayAdopt(g.snap.Load(), p, g.c.Now()); err != nil {
 		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
 	// Not before: another one may have adopted it meanwhile, and nobody can any more.
-	if err := g.unclaimed(ctx, g.snap.Load(), p, &k); err != nil {
+	if err := g.unclaimed(ctx, g.snap.Load(), &k); err != nil {
 		return keys.Key{}, g.unadopted(a, ad, err)
 	}
 	err = g.commit(ctx, a, store.Change{CreateKey: &k}, func(s *snapshot) bool {
@@ -99,6 +102,13 @@ func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd stri
 		return keys.Key{}, err
 	}
 	return k, nil
+}
+
+func mayAdopt(s *snapshot, p ident.Principal, now time.Time) error {
+	if d := s.rules.MayAdministerAll(p.Name(), now); !d.Allowed {
+		return fmt.Errorf("%w: to adopt a key takes an administrator of every key: %s", sigerr.Denied, d.Reason)
+	}
+	return nil
 }
 
 // unadopted records why a key was not registered, and returns the caller's error.
@@ -181,9 +191,9 @@ func (g *Gateway) trySign(ctx context.Context, id []byte) (*tokenSigner, error) 
 }
 
 // unclaimed refuses a key that is registered, or being made, under any name, and a
-// certificate that others have too, unless p administers their keys and it is the same.
+// certificate that others have too, unless it is the same.
 // admin is held.
-func (g *Gateway) unclaimed(ctx context.Context, s *snapshot, p ident.Principal, k *keys.Key) error {
+func (g *Gateway) unclaimed(ctx context.Context, s *snapshot, k *keys.Key) error {
 	st, err := g.c.Store.Load(ctx)
 	if err != nil {
 		return g.unrecorded(err)
@@ -207,9 +217,6 @@ func (g *Gateway) unclaimed(ctx context.Context, s *snapshot, p ident.Principal,
 		}
 		if o == nil || primary == nil || !bytes.Equal(primaryOf(other), primary) {
 			continue
-		}
-		if _, _, err := s.manage(p, name, policy.Admin, g.c.Now()); err != nil {
-			return fmt.Errorf("%w: the certificate has keys that you do not administer", sigerr.Denied)
 		}
 		if !bytes.Equal(o.Certificate, k.OpenPGP.Certificate) || !bytes.Equal(o.PrimaryID, primaryID) {
 			return fmt.Errorf("%w: the certificate is that of %s too, as another version or with its primary key elsewhere; give the one that `signwarden key export` prints, and the same primary", sigerr.Conflict, name)

@@ -56,7 +56,7 @@ func TestAdoptKey(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			c.a.Name = "a-" + c.name
 			signs, pairs := f.Token.Signs(), f.Token.Pairs()
-			k, err := adopt(t, f, "dave", c.a)
+			k, err := adopt(t, f, "root", c.a)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -74,7 +74,7 @@ func TestAdoptKey(t *testing.T) {
 				t.Errorf("%d signatures, want %d; %d pairs, was %d", got, want, f.Token.Pairs(), pairs)
 			}
 			e := f.Store.Last(t)
-			if e.Action != "key.adopt" || e.Outcome != audit.Done || e.Key != k.Name || e.KeyFingerprint != k.Fingerprint() || e.Principal != "dave" || e.Rule != "some" || !strings.Contains(e.Detail, c.says) {
+			if e.Action != "key.adopt" || e.Outcome != audit.Done || e.Key != k.Name || e.KeyFingerprint != k.Fingerprint() || e.Principal != "root" || e.Rule != "root" || !strings.Contains(e.Detail, c.says) {
 				t.Errorf("audit entry %+v", e)
 			}
 			mu.Lock()
@@ -145,7 +145,8 @@ func TestAdoptKeyRefused(t *testing.T) {
 	}{
 		{"no rule", "carol", gateway.Adoption{Name: "a-x", ID: []byte("free")}, sigerr.Denied},
 		{"another's name", "dave", gateway.Adoption{Name: "b-x", ID: []byte("free")}, sigerr.Denied},
-		{"name taken", "dave", gateway.Adoption{Name: "a-made", ID: []byte("free")}, sigerr.Conflict},
+		{"who administers this name and no other", "dave", gateway.Adoption{Name: "a-x", ID: []byte("free")}, sigerr.Denied},
+		{"name taken", "root", gateway.Adoption{Name: "a-made", ID: []byte("free")}, sigerr.Conflict},
 		{"name", "root", gateway.Adoption{Name: "a/x", ID: []byte("free")}, sigerr.Invalid},
 		{"no id", "root", gateway.Adoption{Name: "a-x"}, sigerr.Invalid},
 		{"long id", "root", gateway.Adoption{Name: "a-x", ID: make([]byte, 65)}, sigerr.Invalid},
@@ -310,7 +311,7 @@ func TestReplaceOpenPGP(t *testing.T) {
 	}
 	was, next := certs("A", primary, first, second), certs("B", primary, first, second)
 	for name, id := range map[string]string{"a-1": "1", "a-2": "2"} {
-		if _, err := adopt(t, f, "dave", gateway.Adoption{Name: name, ID: []byte(id), OpenPGP: was}); err != nil {
+		if _, err := adopt(t, f, "root", gateway.Adoption{Name: name, ID: []byte(id), OpenPGP: was}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -18,7 +18,8 @@ func (a *app) keyAdopt() *cobra.Command {
 		Long: `adopt registers a key that the gateway did not make: one that an operator has brought
 into the token with signwardend token import, or that was there before. Its id is what
 signwardend token list shows, on the gateway's host. The key signs once, and the
-signature is verified, before it is registered; in the token nothing changes.
+signature is verified, before it is registered; in the token nothing changes. It takes
+an administrator of every key.
 
 Whether the key can be taken out of the token, or has copies elsewhere, adopt cannot
 know. token list says what the token says.

@@ -40,7 +40,7 @@ type KeyServiceClient interface {
 	// CreateKey makes a key pair in the token. Needs an admin rule for the name.
 	CreateKey(ctx context.Context, in *CreateKeyRequest, opts ...grpc.CallOption) (*CreateKeyResponse, error)
 	// AdoptKey registers a key that is in the token and was not made by CreateKey, once it
-	// has signed. Needs an admin rule for the name. INVALID_ARGUMENT where the token has no
+	// has signed. Needs an admin rule for every key. INVALID_ARGUMENT where the token has no
 	// such key, ALREADY_EXISTS where the name, the id or the public key is registered.
 	AdoptKey(ctx context.Context, in *AdoptKeyRequest, opts ...grpc.CallOption) (*AdoptKeyResponse, error)
 	// GetKey tells of one key. NOT_FOUND also where the caller may not see it.
@@ -185,7 +185,7 @@ type KeyServiceServer interface {
 	// CreateKey makes a key pair in the token. Needs an admin rule for the name.
 	CreateKey(context.Context, *CreateKeyRequest) (*CreateKeyResponse, error)
 	// AdoptKey registers a key that is in the token and was not made by CreateKey, once it
-	// has signed. Needs an admin rule for the name. INVALID_ARGUMENT where the token has no
+	// has signed. Needs an admin rule for every key. INVALID_ARGUMENT where the token has no
 	// such key, ALREADY_EXISTS where the name, the id or the public key is registered.
 	AdoptKey(context.Context, *AdoptKeyRequest) (*AdoptKeyResponse, error)
 	// GetKey tells of one key. NOT_FOUND also where the caller may not see it.
