@@ -67,6 +67,7 @@ type caller struct {
 	name            string
 	coming, waiting int
 	ripe            bool
+	late            bool // an entry has waited long enough; of use to take only
 }
 
 type pending struct {
@@ -217,15 +218,22 @@ func (l *Log) next() []*pending {
 	return nil
 }
 
-// take takes the next group, full or not: of all callers, or of those that are ripe.
-// Called with mu held, while nobody commits.
+// take takes the next group, full or not: of all callers, or of those that are ripe or
+// have an entry that has waited long enough: where one ripe caller follows the other the
+// rest would wait for them. Called with mu held, while nobody commits.
 func (l *Log) take(ripe bool) []*pending {
 	l.linger.Stop()
 	l.committing = true
 	group, rest := l.spare[:0], l.waiting[:0]
 	l.spare = nil
+	if ripe {
+		now := time.Now()
+		for _, p := range l.waiting {
+			p.by.late = p.by.late || !now.Before(p.due)
+		}
+	}
 	for _, p := range l.waiting {
-		if len(group) < maxBatch && (p.by.ripe || !ripe) {
+		if len(group) < maxBatch && (p.by.ripe || p.by.late || !ripe) {
 			group = append(group, p)
 		} else {
 			rest = append(rest, p)
@@ -235,6 +243,7 @@ func (l *Log) take(ripe bool) []*pending {
 	l.waiting = rest
 	for _, p := range group {
 		p.by.waiting--
+		p.by.late = false
 		l.tidy(p.by)
 	}
 	return group

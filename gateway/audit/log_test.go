@@ -454,6 +454,45 @@ func TestExpectedOfTwo(t *testing.T) {
 	})
 }
 
+// Where some who have one entry at a time follow each other, those of who has many wait no
+// longer than they would alone, and one commit.
+func TestExpectedAmongRipe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const takes = 10 * time.Millisecond
+		s := &sink{t: t}
+		l := audit.New(func(ctx context.Context, r []audit.Record) (int64, error) {
+			time.Sleep(takes)
+			return s.commit(ctx, r)
+		})
+		many := make([]*audit.Expected, 100)
+		for i := range many {
+			many[i] = l.Expect("many")
+		}
+		var wg sync.WaitGroup
+		for i := range 3 {
+			wg.Go(func() {
+				for range 200 {
+					x := l.Expect(fmt.Sprint("lone ", i))
+					time.Sleep(time.Millisecond)
+					if _, err := x.Append(entry(i), nil); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		time.Sleep(time.Second)
+		start := time.Now()
+		if _, err := many[0].Append(entry(9), nil); err != nil || time.Since(start) > 50*time.Millisecond+2*takes {
+			t.Errorf("one of many: %v, after %v", err, time.Since(start))
+		}
+		wg.Wait()
+		for _, x := range many[1:] {
+			x.Cancel()
+		}
+		l.Close()
+	})
+}
+
 // Whoever is not announced waits for nobody.
 func TestUnexpectedAmongExpected(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
