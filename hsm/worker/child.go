@@ -135,7 +135,9 @@ func signOn(p *pipe, pool *hsm.Pool) {
 			return
 		}
 		own = f.body
-		if p.shared() && f.kind != kindUrgent && time.Since(yielded) > turn {
+		if f.kind == kindUrgent {
+			p.flush() // what is held was to go with an answer that comes soon, which this may not be
+		} else if p.shared() && time.Since(yielded) > turn {
 			syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0)
 			yielded = time.Now()
 		}
@@ -426,9 +428,20 @@ func (p *pipe) send(kind byte, number uint32, body []byte, hold bool) {
 		}
 	}
 	p.out = appendFrame(p.out, kind, number, body)
-	if hold {
-		return
+	if !hold {
+		p.writeOut()
 	}
+}
+
+// flush writes the answers that are held.
+func (p *pipe) flush() {
+	p.writing.Lock()
+	defer p.writing.Unlock()
+	p.writeOut()
+}
+
+// writeOut is called with writing held.
+func (p *pipe) writeOut() {
 	for b := p.out; len(b) > 0; {
 		n, err := syscall.Write(pipeFD, b)
 		if errors.Is(err, syscall.EINTR) {

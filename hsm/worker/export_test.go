@@ -81,6 +81,21 @@ func AskSigner(ctx context.Context, t *Token, kind byte, body []byte) error {
 	return err
 }
 
+// Placed is the order in which the parent takes a child to do what Order has, when it has
+// begun the first.
+func Placed(kinds string) []uint32 {
+	p := &process{t: &Token{c: Config{Sessions: 1}}}
+	for i, k := range kinds {
+		p.number = uint32(i) - 1
+		p.give(&call{kind: kindSign, suspect: k == 'x', urgent: k == 'u'})
+	}
+	var order []uint32
+	for _, c := range p.inFlight {
+		order = append(order, c.number)
+	}
+	return order
+}
+
 // Reencode parses the first frame of b with its body, and encodes it again.
 func Reencode(b []byte) (again []byte, n int, err error) {
 	f, n, err := parseFrame(b)

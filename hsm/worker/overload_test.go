@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"errors"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"syscall"
@@ -97,6 +98,24 @@ func TestUrgentOrder(t *testing.T) {
 	} {
 		if got := worker.Order(kinds); !slices.Equal(got, want) {
 			t.Errorf("%q: %v, want %v", kinds, got, want)
+		}
+	}
+}
+
+// The parent knows in which order a child works: it blames the first for a crash, where
+// that has met one before.
+func TestUrgentPlaces(t *testing.T) {
+	for range 2000 {
+		kinds := make([]byte, 1+rand.IntN(8)) // of 9, all urgent, one of the rest would be done between
+		for i := range kinds {
+			kinds[i] = "ssuux"[rand.IntN(5)]
+		}
+		want := []uint32{0} // begun before the others came
+		for _, n := range worker.Order(string(kinds[1:])) {
+			want = append(want, n+1)
+		}
+		if got := worker.Placed(string(kinds)); !slices.Equal(got, want) {
+			t.Fatalf("%s: the parent has %v, the child does %v", kinds, got, want)
 		}
 	}
 }

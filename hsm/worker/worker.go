@@ -61,7 +61,7 @@ type Config struct {
 
 	Workers  int // children that sign; one for each CPU
 	Sessions int // sessions of each of them, used at the same time; 1
-	Depth    int // requests that a session has at the most, the one it works on included; DefaultDepth
+	Depth    int // requests that a session has at the most, the one it works on included, and an urgent one; DefaultDepth
 
 	// Queue bounds the requests that wait for a worker with room; DefaultQueue. One
 	// caller has half of it at the most, times its weight.
@@ -90,7 +90,7 @@ type Config struct {
 // Defaults of Config.
 const (
 	// DefaultDepth lets a session find its next request when it has answered
-	// one, and is small: what is in a child cannot be put in another order, and
+	// one, and is small: what is in a child is out of the queue's hands, and
 	// waits for its watchdog (docs/PERFORMANCE.md has figures).
 	DefaultDepth        = 8
 	DefaultCallTimeout  = 2 * time.Second
