@@ -138,9 +138,8 @@ func newRaw(t *testing.T, g *gateway) *raw {
 	return r
 }
 
-// signer finds a key and returns a loop that signs for d on every session and
-// tells the rate.
-func (r *raw) signer(t *testing.T, a keys.Algorithm, hexID string) func(d time.Duration) float64 {
+// find is the handle of the private key with an id.
+func (r *raw) find(t *testing.T, hexID string) pkcs11.ObjectHandle {
 	t.Helper()
 	id, err := hex.DecodeString(hexID)
 	if err != nil {
@@ -159,6 +158,17 @@ func (r *raw) signer(t *testing.T, a keys.Algorithm, hexID string) func(d time.D
 	if err := r.ctx.FindObjectsFinal(s); err != nil {
 		t.Fatal(err)
 	}
+	return found[0]
+}
+
+// signer finds keys and returns a loop that signs with each in turn, for d on every session, and
+// tells the rate.
+func (r *raw) signer(t *testing.T, a keys.Algorithm, hexIDs ...string) func(d time.Duration) float64 {
+	t.Helper()
+	var found []pkcs11.ObjectHandle
+	for _, hexID := range hexIDs {
+		found = append(found, r.find(t, hexID))
+	}
 	data := make([]byte, crypto.SHA256.Size())
 	mechanism := pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)
 	switch a {
@@ -175,7 +185,7 @@ func (r *raw) signer(t *testing.T, a keys.Algorithm, hexID string) func(d time.D
 		for i, s := range r.sessions {
 			wg.Go(func() {
 				for time.Since(start) < d {
-					if err := r.ctx.SignInit(s, []*pkcs11.Mechanism{mechanism}, found[0]); err != nil {
+					if err := r.ctx.SignInit(s, []*pkcs11.Mechanism{mechanism}, found[(counts[i]*len(r.sessions)+i)%len(found)]); err != nil {
 						t.Error(err)
 						return
 					}

@@ -42,6 +42,11 @@ func TestBenchKeys(t *testing.T) {
 	load := keyLoad{t: t, c: c}
 	load.warm()
 	bare := raw.signer(t, keys.P256, hex.EncodeToString(first.ID))
+	var ids []string
+	for i := range manyKeys {
+		ids = append(ids, hex.EncodeToString(benchKeyID(i)))
+	}
+	bareMany := raw.signer(t, keys.P256, ids...)
 
 	const turn = time.Second
 	type result struct {
@@ -49,16 +54,17 @@ func TestBenchKeys(t *testing.T) {
 		rates         []float64
 	}
 	results := []*result{{128, 1, nil}, {128, manyKeys, nil}, {8, 1, nil}, {8, manyKeys, nil}, {1, 1, nil}, {1, manyKeys, nil}}
-	var bares []float64
+	var bares, baresMany []float64
 	for range rounds {
-		bares = append(bares, bare(turn))
+		bares, baresMany = append(bares, bare(turn)), append(baresMany, bareMany(turn))
 		for _, r := range results {
 			r.rates = append(r.rates, load.rate(r.callers, r.keys, turn))
 		}
 	}
 	middle := func(v []float64) float64 { slices.Sort(v); return v[len(v)/2] }
 	of := middle(bares)
-	fmt.Printf("bare C_Sign, P-256, %d sessions of one process: %.0f/s\n", len(raw.sessions), of)
+	fmt.Printf("bare C_Sign, P-256, %d sessions of one process: %.0f/s; with %d keys in turn %.0f/s, %.2f of that\n",
+		len(raw.sessions), of, manyKeys, middle(baresMany), middle(baresMany)/of)
 	for i, r := range results {
 		m := middle(r.rates)
 		fmt.Printf("%3d callers, %4d keys: %6.0f/s, of bare C_Sign %.2f\n", r.callers, r.keys, m, m/of)
@@ -93,7 +99,7 @@ func (r *raw) makeKeys(t *testing.T, g *gateway, n int) (first keys.Key) {
 	for i := range n {
 		k := keys.Key{
 			Name: fmt.Sprint("k", i), Algorithm: keys.P256, State: keys.Enabled, Token: "signwarden-dev",
-			ID: fmt.Appendf(nil, "bench-key-%06d", i), Created: time.Now().UTC().Truncate(time.Second),
+			ID: benchKeyID(i), Created: time.Now().UTC().Truncate(time.Second),
 		}
 		k.Public = r.makeKey(t, sh, k)
 		e := audit.Entry{Time: k.Created, Action: "key.create", Outcome: audit.Done, Principal: "bench", FrontEnd: "test", Key: k.Name}
@@ -106,6 +112,8 @@ func (r *raw) makeKeys(t *testing.T, g *gateway, n int) (first keys.Key) {
 	}
 	return first
 }
+
+func benchKeyID(i int) []byte { return fmt.Appendf(nil, "bench-key-%06d", i) }
 
 func (r *raw) makeKey(t *testing.T, sh pkcs11.SessionHandle, k keys.Key) (spki []byte) {
 	t.Helper()
