@@ -161,8 +161,9 @@ func (l keyLoad) sign(ctx context.Context, i, of int64) error {
 	return err
 }
 
-// warm has each worker find each key.
-func (l keyLoad) warm() { l.run(128, manyKeys, func(i int64) bool { return i < 8*manyKeys }) }
+// warm has each worker find each key, which takes it some 10 ms in a token of so many: who
+// gets which key is chance.
+func (l keyLoad) warm() { l.run(128, manyKeys, func(i int64) bool { return i < 40*manyKeys }) }
 
 // rate is how many signatures a second so many callers get for d.
 func (l keyLoad) rate(callers, of int, d time.Duration) float64 {
