@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"strings"
@@ -109,8 +110,9 @@ func (f *importFlags) run(c *cobra.Command, in io.Reader, out, says io.Writer) e
 	}
 	ctx, stop := interruptible(c) // not before: until here an interruption ends the process
 	defer stop()
+	defer closeAll(tokens) // before stop, which has a further interruption end us: it waits for what is undone
 	known, err := registrations(ctx, conf)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // before init there are no names
 		fmt.Fprintf(says, "warning: the store cannot be read, so it is not known whether the id is registered: %v\n", err)
 	}
 	k, registered := known[string(id)]
