@@ -84,6 +84,12 @@ func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd stri
 			a.e.Detail += ", primary key off line"
 		}
 	}
+	if k.OpenPGP != nil {
+		// An amendment under way has counted the keys of its certificate. One that came
+		// between would miss what it does to them: a revocation.
+		g.amending.Lock()
+		defer g.amending.Unlock()
+	}
 	g.admin.Lock()
 	defer g.admin.Unlock()
 	// Asked again: the rules may have changed while the token worked.

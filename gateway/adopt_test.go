@@ -9,9 +9,11 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"errors"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -282,32 +284,99 @@ func TestAdoptSecondSubkey(t *testing.T) {
 	}
 }
 
-// A certificate whose primary key is off line is replaced for all keys in it, by one that
-// is of the same primary key and in which they may sign.
-func TestReplaceOpenPGP(t *testing.T) {
-	now := gatewaytest.Created.AddDate(1, 0, 0)
-	f := gatewaytest.New(t, admins, func(c *gateway.Config) {
+// severals is a certificate of several keys, which a gateway with ofSeveral reads.
+func severals(t *testing.T, uid string, primary crypto.PublicKey, signing ...crypto.PublicKey) []byte {
+	t.Helper()
+	var all [][]byte
+	for _, k := range signing {
+		all = append(all, gatewaytest.Certificate(t, uid, k, primary))
+	}
+	return bytes.Join(all, []byte("\n\n"))
+}
+
+func ofSeveral(expires time.Time) func(*gateway.Config) {
+	return func(c *gateway.Config) {
 		c.Inspect = func(cert []byte, signing crypto.PublicKey, at time.Time) (gateway.Inspected, error) {
-			for part := range strings.SplitSeq(string(cert), "\n\n") { // a certificate of several keys
+			for part := range strings.SplitSeq(string(cert), "\n\n") {
 				if in, err := gatewaytest.Inspect([]byte(part), signing, at); err == nil {
-					in.Certificate, in.Expires = cert, now
+					in.Certificate, in.Expires = cert, expires
 					return in, nil
 				}
 			}
 			return gateway.Inspected{}, sigerr.Invalid
 		}
+	}
+}
+
+// A subkey that is adopted while its certificate is revoked is not left enabled with the
+// certificate as it was.
+func TestAdoptKeyWhileAmending(t *testing.T) {
+	f := gatewaytest.New(t, admins, ofSeveral(time.Time{}))
+	first, second, primary := f.Put(t, "1"), f.Put(t, "2"), f.Put(t, "p")
+	cert := severals(t, "A", primary, first, second)
+	if _, err := adopt(t, f, "root", gateway.Adoption{Name: "a-1", ID: []byte("1"), OpenPGP: cert, PrimaryID: []byte("p")}); err != nil {
+		t.Fatal(err)
+	}
+	revoking, goOn := make(chan struct{}), make(chan struct{})
+	var begun atomic.Bool
+	f.Token.Before = func(context.Context, []byte) error {
+		if begun.CompareAndSwap(false, true) {
+			close(revoking)
+			<-goOn
+		}
+		return nil
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := f.AmendOpenPGP(t.Context(), f.Root, "test", "a-1", gateway.OpenPGPChange{Revoke: &gateway.Revocation{Reason: "retired"}}); err != nil {
+			t.Error(err)
+		}
 	})
+	<-revoking
+	adopted := make(chan error, 1)
+	wg.Go(func() {
+		_, err := f.AdoptKey(t.Context(), f.Root, "test", gateway.Adoption{Name: "a-2", ID: []byte("2"), OpenPGP: cert, PrimaryID: []byte("p")})
+		adopted <- err
+	})
+	for len(adopted) == 0 && !waitsInAdoptKey() {
+		runtime.Gosched()
+	}
+	close(goOn)
+	wg.Wait()
+	if err := <-adopted; !errors.Is(err, sigerr.Conflict) {
+		t.Errorf("got %v, want Conflict: the certificate is another one now", err)
+	}
+	if k, err := f.Gateway.Key(t.Context(), f.Root, "a-2"); err == nil {
+		t.Errorf("a-2 is registered, %s", k.Registered.State)
+	}
+	if got := stored(t, f, "a-1").State; got != keys.Disabled {
+		t.Errorf("a-1 is %s", got)
+	}
+}
+
+// waitsInAdoptKey says whether an adoption waits for somebody's lock.
+func waitsInAdoptKey() bool {
+	buf := make([]byte, 1<<20)
+	for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+		if state, calls, ok := strings.Cut(g, "\n"); ok && strings.Contains(state, "[sync.Mutex.Lock") && strings.Contains(calls, ".AdoptKey(") {
+			return true
+		}
+	}
+	return false
+}
+
+// A certificate whose primary key is off line is replaced for all keys in it, by one that
+// is of the same primary key and in which they may sign.
+func TestReplaceOpenPGP(t *testing.T) {
+	now := gatewaytest.Created.AddDate(1, 0, 0)
+	f := gatewaytest.New(t, admins, ofSeveral(now))
 	first, second := f.Put(t, "1"), f.Put(t, "2")
 	primary, _, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	certs := func(uid string, primary crypto.PublicKey, signing ...crypto.PublicKey) []byte {
-		var all [][]byte
-		for _, k := range signing {
-			all = append(all, gatewaytest.Certificate(t, uid, k, primary))
-		}
-		return bytes.Join(all, []byte("\n\n"))
+		return severals(t, uid, primary, signing...)
 	}
 	was, next := certs("A", primary, first, second), certs("B", primary, first, second)
 	for name, id := range map[string]string{"a-1": "1", "a-2": "2"} {

@@ -73,7 +73,7 @@ func (p *Pool) create(ctx context.Context, op string, id []byte, c creation) (cr
 		return err // nobody's, where all is good and the caller left
 	})
 	if err != nil && dirty.Load() {
-		return nil, fmt.Errorf("%w; an object with id %x may be left in the token, which Delete removes", err, id)
+		return nil, fmt.Errorf("%w; an object with id %x may be left in the token; `signwardend token delete` destroys it", err, id)
 	}
 	if err != nil {
 		return nil, err

@@ -114,6 +114,22 @@ func TestTokenImport(t *testing.T) {
 	if again := g.imports(t, "--key", key, "--label", "kmod", "--id", id, "--token", "b"); again != id || len(g.held(t, "--token", "b")) != 2 {
 		t.Errorf("into b again: %s, %q", again, g.held(t))
 	}
+	// Without the store nobody knows whether it is registered; list shows what there is.
+	held := g.held(t)
+	if err := os.Rename(g.dir+"/signwarden.db", g.dir+"/elsewhere"); err != nil {
+		t.Fatal(err)
+	}
+	for _, yes := range []string{"--yes", "--yes=false"} {
+		if r := g.try(t, "signwardend", "token", "delete", "--dir", g.dir, "--id", id, yes); r.code != 1 || !strings.Contains(r.stderr, "registered") || !strings.Contains(r.stderr, "store") {
+			t.Errorf("delete %s without a store: %d %s", yes, r.code, r.stderr)
+		}
+	}
+	if now := g.held(t); len(now) != 5 || len(held) != 5 {
+		t.Errorf("without a store: %q, were %q", now, held)
+	}
+	if err := os.Rename(g.dir+"/elsewhere", g.dir+"/signwarden.db"); err != nil {
+		t.Fatal(err)
+	}
 	g.must(t, "signwardend", "token", "delete", "--dir", g.dir, "--id", id, "--yes")
 	if got := g.held(t); len(got) != 0 {
 		t.Errorf("after delete: %q", got)
@@ -206,23 +222,34 @@ func TestTokenImportInterrupted(t *testing.T) {
 	g, m := emptyTokens(t)
 	key, _ := opensslKey(t, t.TempDir(), "one", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
 	args := []string{"token", "import", "--dir", g.dir, "--key", key, "--label", "one", "--id", "0a"}
-	m.Set(t, "C_CreateObject delay=300")
-	cmd := exec.Command(filepath.Join(bin, "signwardend"), args...)
-	var says bytes.Buffer
-	cmd.Stderr = &says
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	waitFor(t, "the second token gets the key", func() bool { return m.Calls("C_CreateObject") == 2 })
-	if err := cmd.Process.Signal(unix.SIGINT); err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Wait(); err == nil || !strings.Contains(says.String(), "canceled") {
-		t.Errorf("interrupted: %v %s", err, says.String())
-	}
-	m.Set(t)
-	if got := g.held(t); len(got) != 0 {
-		t.Errorf("after an interruption: %q", got)
+	for name, signals := range map[string][]unix.Signal{
+		"Ctrl-C": {unix.SIGINT}, "Ctrl-C twice": {unix.SIGINT, unix.SIGINT}, "its terminal goes": {unix.SIGHUP},
+	} {
+		m.Set(t, "C_CreateObject delay=300", "C_DestroyObject delay=300")
+		calls := m.Calls("C_CreateObject")
+		cmd := exec.Command(filepath.Join(bin, "signwardend"), args...)
+		var says bytes.Buffer
+		cmd.Stderr = &says
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the second token gets the key", func() bool { return m.Calls("C_CreateObject") == calls+2 })
+		for i, s := range signals {
+			destroyed := m.Calls("C_DestroyObject")
+			if err := cmd.Process.Signal(s); err != nil {
+				t.Fatal(err)
+			}
+			if i < len(signals)-1 {
+				waitFor(t, "it is undone", func() bool { return m.Calls("C_DestroyObject") > destroyed })
+			}
+		}
+		if err := cmd.Wait(); err == nil || !strings.Contains(says.String(), "canceled") {
+			t.Errorf("%s: %v %s", name, err, says.String())
+		}
+		m.Set(t)
+		if got := g.held(t); len(got) != 0 {
+			t.Errorf("%s: left: %q", name, got)
+		}
 	}
 
 	m.Set(t, "C_SignInit segv")

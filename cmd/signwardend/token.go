@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -91,10 +90,15 @@ func closeAll(all []tokenAdmin) {
 	}
 }
 
-// interruptible is a command's context, which ends when somebody interrupts it: what
-// was begun in a token is then undone.
-func interruptible(c *cobra.Command) (context.Context, context.CancelFunc) {
-	return signal.NotifyContext(c.Context(), os.Interrupt, syscall.SIGTERM)
+// interruptible is a command's context, which ends when somebody interrupts it, or its
+// terminal goes: what was begun in a token is then undone. Until stop is called, after
+// that, another interruption does nothing.
+func interruptible(c *cobra.Command) (ctx context.Context, stop context.CancelFunc) {
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as by nohup
+		signals = append(signals, syscall.SIGHUP)
+	}
+	return signal.NotifyContext(c.Context(), signals...)
 }
 
 // A registration is what the store says of an id.
@@ -104,11 +108,12 @@ type registration struct {
 	pending bool   // it is being made, or was when the gateway ended
 }
 
-// registrations are the ids of which the store knows. No store is an empty one.
+// registrations are the ids of which the store knows. Where there is no store it is
+// fs.ErrNotExist: whoever destroys must not take that for an empty one.
 func registrations(ctx context.Context, conf config.Config) (map[string]registration, error) {
 	known := map[string]registration{}
-	if _, err := os.Stat(conf.Store.SQLite); errors.Is(err, os.ErrNotExist) {
-		return known, nil
+	if _, err := os.Stat(conf.Store.SQLite); err != nil {
+		return nil, err
 	}
 	s, err := store.OpenSQLite(ctx, conf.Store.SQLite)
 	if err != nil {

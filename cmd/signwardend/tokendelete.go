@@ -51,7 +51,7 @@ func tokenDelete(ctx context.Context, f *tokenFlags, hexID string, yes bool, out
 	defer closeAll(tokens)
 	known, err := registrations(ctx, conf)
 	if err != nil {
-		return exit.Hint(fmt.Errorf("it cannot be told whether the key is registered: %w", err), "nothing was destroyed; mend the store first")
+		return exit.Hint(fmt.Errorf("it cannot be told whether the key is registered: %w", err), "nothing was destroyed; mend the store, or its path in the configuration, first")
 	}
 	if k, ok := known[string(id)]; ok {
 		return exit.Hint(fmt.Errorf("the id %x is that of the key %s; nothing was destroyed", id, k.name),

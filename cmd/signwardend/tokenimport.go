@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"strings"
@@ -45,7 +46,8 @@ id: RSA of 2048, 3072 or 4096 bits, P-256, P-384 or Ed25519, from PEM (PKCS #8,
 PKCS #1, SEC 1), OpenSSH, or what gpg --export-secret-keys writes. In the token it
 is sensitive, not extractable, and signs and does nothing else. One signature is
 made and verified before it is said to be there; whatever fails, and an
-interruption, is undone in every token.
+interruption, is undone in every token. Only where a token's module crashes or hangs
+may something be left in that one: it is said then, and token delete removes it.
 
 The gateway does not use it before an administrator registers it: signwarden key
 adopt. A registered key can be brought into a further token under its id.
@@ -109,8 +111,9 @@ func (f *importFlags) run(c *cobra.Command, in io.Reader, out, says io.Writer) e
 	}
 	ctx, stop := interruptible(c) // not before: until here an interruption ends the process
 	defer stop()
+	defer closeAll(tokens) // before stop, which has a further interruption end us: it waits for what is undone
 	known, err := registrations(ctx, conf)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // before init there are no names
 		fmt.Fprintf(says, "warning: the store cannot be read, so it is not known whether the id is registered: %v\n", err)
 	}
 	k, registered := known[string(id)]
@@ -145,7 +148,7 @@ func importInto(ctx context.Context, tokens []tokenAdmin, label string, id []byt
 		}
 		err = fmt.Errorf("token %s: %w", t.name, err)
 		if ctx.Err() != nil {
-			err = exit.Hint(err, "what was begun is undone; `signwardend token list` shows that nothing was left")
+			err = exit.Hint(err, "what was begun is undone where the token lets it; look with `signwardend token list`, and destroy what was left with `signwardend token delete`")
 		} else if errors.Is(err, hsm.ErrExists) {
 			err = exit.Hint(err, "`signwardend token list` shows what has it; choose another --label or --id")
 		} else if e, ok := errors.AsType[*hsm.Error](err); ok && e.Class == hsm.ClassCrashed {

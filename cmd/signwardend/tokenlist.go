@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -47,7 +48,7 @@ func tokenList(ctx context.Context, f *tokenFlags, out, says io.Writer) error {
 	}
 	defer closeAll(tokens)
 	known, err := registrations(ctx, conf)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // before init there are no names
 		fmt.Fprintf(says, "warning: the store cannot be read, so no names are shown: %v\n", err)
 	}
 	var errs []error

@@ -25,7 +25,7 @@ func (t *Token) Generate(ctx context.Context, label string, id []byte, algorithm
 // left adds what may be in the token to the error of an act whose worker died.
 func left(err error, id []byte) error {
 	if e, ok := errors.AsType[*hsm.Error](err); ok && e.Class == hsm.ClassCrashed {
-		return fmt.Errorf("%w; an object with id %x may be left in the token, which Delete removes", err, id)
+		return fmt.Errorf("%w; an object with id %x may be left in the token; `signwardend token delete` destroys it", err, id)
 	}
 	return err
 }

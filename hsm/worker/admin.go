@@ -85,14 +85,22 @@ func (t *Token) perform(ctx context.Context, op string, kind byte, body []byte, 
 	defer clear(body)
 	for loans := 0; ; loans++ {
 		p, err := t.start(ctx, modeAdmin)
+		if err == nil {
+			err = ctx.Err() // which has not cut off the login
+		}
+		if err == nil && t.closing.Err() != nil {
+			err = hsm.ErrClosed
+		}
 		var answer []byte
 		if err == nil {
 			stop := context.AfterFunc(ctx, p.hangUp)
 			answer, err = p.ask(op, kind, body)
 			stop()
-			p.hangUp()
 		} else {
 			err = fmt.Errorf("%s: %w", op, err)
+		}
+		if p != nil {
+			p.hangUp()
 		}
 		e, ok := errors.AsType[*hsm.Error](err)
 		again := ok && e.NoSession() && loans < maxLoans
@@ -163,8 +171,9 @@ func (t *Token) awaitReturn(p *process) {
 	}
 }
 
-// maxParts bounds an answer in parts.
-const maxParts = 16 << 20
+// maxParts bounds an answer in parts: it has room for a list of MaxObjects whose four
+// strings are all of MaxTold bytes.
+const maxParts = hsm.MaxObjects * (4*hsm.MaxTold + 256)
 
 // ask has a child answer one request, which is its first.
 func (p *process) ask(op string, kind byte, body []byte) ([]byte, error) {

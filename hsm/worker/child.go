@@ -44,6 +44,7 @@ func Main() int {
 	// The PIN is in our memory: no core files, and nobody who is not root attaches.
 	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, prSetDumpable, 0, 0); errno != 0 {
 		fmt.Fprintf(os.Stderr, "PR_SET_DUMPABLE: %v\n", errno)
+		return 1
 	}
 	// Signing makes garbage of a few hundred bytes, and the heap is tiny.
 	debug.SetGCPercent(800)

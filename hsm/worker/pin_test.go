@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -248,5 +249,43 @@ func TestSlowRefusal(t *testing.T) {
 	until(t, "the PIN is refused", func() bool { return operator(tok.Stats().Err) })
 	if n := m.Calls("C_Login") - before; n != 1 {
 		t.Errorf("the wrong PIN was tried %d times", n)
+	}
+}
+
+// Who leaves while an administrative worker logs in, or closes the token, leaves no try
+// on record that may have been a wrong one, and what he asked for is not begun.
+func TestLeftInLogin(t *testing.T) {
+	c, path := recorded(t)
+	a := worker.Administer(c)
+	order(t, c, "Login", "wait")
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := a.Import(ctx, "l", []byte("k"), newKey(t)); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v", err)
+		}
+	})
+	taken(t, c, "Login")
+	cancel()
+	wg.Wait()
+	wg.Go(func() { a.Close() })
+	until(t, "the token is closed", func() bool {
+		_, err := a.List(t.Context())
+		return errors.Is(err, hsm.ErrClosed)
+	})
+	if err := os.WriteFile(filepath.Join(c.Env["COUNT_DIR"], "Login.go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	if b, err := os.ReadFile(path); err != nil || len(b) > 0 {
+		t.Errorf("on record: %q, %v", b, err)
+	}
+	if n := counted(t, c, "C_CreateObject"); n != 0 {
+		t.Errorf("%d objects made", n)
+	}
+	again := worker.Administer(restarted(c, path))
+	defer again.Close()
+	if left := list(t, again); len(left) > 0 {
+		t.Errorf("left: %q", left)
 	}
 }

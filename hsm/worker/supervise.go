@@ -72,14 +72,21 @@ func (t *Token) start(ctx context.Context, mode byte) (*process, error) {
 }
 
 // greet tells the child what it is for, gives it the PIN when it would log in,
-// and waits until it is ready, no longer than bound.
+// and waits until it is ready, no longer than bound. A login that an administrative
+// child has begun goes on when ctx ends, or the token is closed: cut off it may count
+// as a wrong try, and nobody would try the PIN before an operator has acted.
 func (p *process) greet(ctx context.Context, mode byte, bound time.Duration) error {
 	p.conn.SetDeadline(time.Now().Add(bound))
 	now := func() { p.conn.SetDeadline(time.Unix(1, 0)) }
-	defer context.AfterFunc(ctx, now)()
-	defer context.AfterFunc(p.t.closing, now)()
+	left, closing := context.AfterFunc(ctx, now), context.AfterFunc(p.t.closing, now)
+	defer left()
+	defer closing()
 	f, err := p.exchange(kindHello, newHello(mode, p.t.c).append(nil))
 	if err == nil && f.kind == kindAsk {
+		if mode == modeAdmin { // what has ended before, login sees
+			left()
+			closing()
+		}
 		f, err = p.login(ctx, f, bound)
 	}
 	if err != nil {
