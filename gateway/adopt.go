@@ -7,7 +7,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"time"
 
@@ -134,6 +133,10 @@ func (g *Gateway) unadopted(a act, ad Adoption, err error) error {
 func (g *Gateway) examine(ctx context.Context, ad Adoption) (keys.Key, error) {
 	ctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
 	defer cancel()
+	// Not to have a key sign that is somebody's already; asked again when it is registered.
+	if err := g.unused(ctx, ad); err != nil {
+		return keys.Key{}, err
+	}
 	signer, err := g.trySign(ctx, ad.ID)
 	if err != nil {
 		return keys.Key{}, err
@@ -196,6 +199,28 @@ func (g *Gateway) trySign(ctx context.Context, id []byte) (*tokenSigner, error) 
 	return t, err
 }
 
+var errTaken = fmt.Errorf("%w: the key is registered already, or being made", sigerr.Conflict)
+
+// unused refuses ids that are registered, or being made: the key's own as anything, and
+// its primary's as that of a key which signs.
+func (g *Gateway) unused(ctx context.Context, ad Adoption) error {
+	st, err := g.c.Store.Load(ctx)
+	if err != nil {
+		return g.unrecorded(err)
+	}
+	for _, pair := range st.Pending {
+		if bytes.Equal(pair.ID, ad.ID) || bytes.Equal(pair.ID, ad.PrimaryID) {
+			return errTaken
+		}
+	}
+	for _, other := range st.Keys {
+		if bytes.Equal(other.ID, ad.ID) || bytes.Equal(other.ID, ad.PrimaryID) || other.OpenPGP != nil && bytes.Equal(other.OpenPGP.PrimaryID, ad.ID) {
+			return errTaken
+		}
+	}
+	return nil
+}
+
 // unclaimed refuses a key that is registered, or being made, under any name, and a
 // certificate that others have too, unless it is the same.
 // admin is held.
@@ -204,14 +229,13 @@ func (g *Gateway) unclaimed(ctx context.Context, s *snapshot, k *keys.Key) error
 	if err != nil {
 		return g.unrecorded(err)
 	}
-	taken := errors.New("the key is registered already, or being made")
 	var primaryID, primary []byte
 	if k.OpenPGP != nil {
 		primaryID, primary = k.OpenPGP.PrimaryID, primaryOf(&keys.Registered{Key: *k})
 	}
 	for _, pair := range st.Pending {
 		if bytes.Equal(pair.ID, k.ID) || bytes.Equal(pair.ID, primaryID) {
-			return fmt.Errorf("%w: %w", sigerr.Conflict, taken)
+			return errTaken
 		}
 	}
 	for _, name := range s.keys.Names() {
@@ -219,7 +243,7 @@ func (g *Gateway) unclaimed(ctx context.Context, s *snapshot, k *keys.Key) error
 		o := other.OpenPGP
 		if bytes.Equal(other.ID, k.ID) || bytes.Equal(other.ID, primaryID) || bytes.Equal(other.Public, k.Public) ||
 			o != nil && (bytes.Equal(o.PrimaryID, k.ID) || bytes.Equal(o.PrimaryPublic, k.Public)) {
-			return fmt.Errorf("%w: %w", sigerr.Conflict, taken)
+			return errTaken
 		}
 		if o == nil || primary == nil || !bytes.Equal(primaryOf(other), primary) {
 			continue

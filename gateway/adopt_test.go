@@ -168,8 +168,11 @@ func TestAdoptKeyRefused(t *testing.T) {
 		{"primary of a key that is it", "root", gateway.Adoption{Name: "a-x", ID: []byte("free"), OpenPGP: gatewaytest.Certificate(t, "A", pub, nil), PrimaryID: []byte("primary")}, sigerr.Invalid},
 		{"user id", "root", gateway.Adoption{Name: "a-x", ID: []byte("free"), OpenPGP: gatewaytest.Certificate(t, "A\x1b", pub, nil)}, sigerr.Invalid},
 	} {
-		rows := len(f.Store.Entries(t))
+		rows, signs := len(f.Store.Entries(t)), f.Token.Signs()
 		_, err := adopt(t, f, c.who, c.a)
+		if c.want == sigerr.Conflict && c.name != "public key registered" && f.Token.Signs() != signs {
+			t.Errorf("%s: a key that is registered has signed for it", c.name)
+		}
 		if !errors.Is(err, c.want) {
 			t.Errorf("%s: got %v, want %v", c.name, err, c.want)
 		}

@@ -105,13 +105,9 @@ func validNow(c *x509.Certificate) error {
 	return nil
 }
 
-// store reads the store, where there is one: opening makes a missing one.
+// store reads the store, where there is one.
 func (r *report) store(ctx context.Context, c config.Store) (store.State, bool) {
-	if _, err := os.Stat(c.SQLite); err != nil {
-		r.result("store", err, "")
-		return store.State{}, false
-	}
-	s, err := store.OpenSQLite(ctx, c.SQLite)
+	s, err := store.ReadSQLite(ctx, c.SQLite)
 	if err != nil {
 		r.result("store", err, "")
 		return store.State{}, false

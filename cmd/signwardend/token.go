@@ -112,10 +112,7 @@ type registration struct {
 // fs.ErrNotExist: whoever destroys must not take that for an empty one.
 func registrations(ctx context.Context, conf config.Config) (map[string]registration, error) {
 	known := map[string]registration{}
-	if _, err := os.Stat(conf.Store.SQLite); err != nil {
-		return nil, err
-	}
-	s, err := store.OpenSQLite(ctx, conf.Store.SQLite)
+	s, err := store.ReadSQLite(ctx, conf.Store.SQLite)
 	if err != nil {
 		return nil, err
 	}

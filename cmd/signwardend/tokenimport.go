@@ -139,8 +139,11 @@ func importInto(ctx context.Context, tokens []tokenAdmin, label string, id []byt
 	for i, t := range tokens {
 		_, err := t.Import(ctx, label, id, key)
 		done := i // tokens that have the key
-		if err == nil && der != nil {
+		if err == nil {
 			done++
+			err = ctx.Err() // which came too late for the token
+		}
+		if err == nil && der != nil {
 			err = t.ImportCertificate(ctx, id, der)
 		}
 		if err == nil {

@@ -100,22 +100,56 @@ func openDB(path, extra string) (*sql.DB, error) {
 	return sql.Open("sqlite", (&url.URL{Scheme: "file", Path: path, RawQuery: query}).String())
 }
 
-func (s *SQLite) migrate(ctx context.Context) error {
+// ReadSQLite opens the database at path, which another process may have open, for
+// reading. It changes nothing: a missing one is fs.ErrNotExist, a schema of another
+// version than ours is refused and not brought up to date, and Commit errs.
+func ReadSQLite(ctx context.Context, path string) (*SQLite, error) {
+	abs, err := filepath.Abs(path)
+	if err == nil {
+		_, err = os.Stat(abs)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading store: %w", err)
+	}
+	s := &SQLite{}
+	if s.read, err = openDB(abs, "_pragma=query_only(1)"); err != nil {
+		return nil, fmt.Errorf("reading store %s: %w", abs, err)
+	}
+	_, has, knows, err := versions(ctx, s.read)
+	if err == nil && has < knows {
+		err = fmt.Errorf("its schema has version %d and this program's is %d: an older signwardend has made it; start this one, which brings it up to date", has, knows)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("reading store %s: %w", abs, err), s.Close())
+	}
+	return s, nil
+}
+
+// versions are those of the schema that a database has, and that we know; one that is
+// newer is refused, since goose passes over versions that it does not know.
+func versions(ctx context.Context, db *sql.DB) (p *goose.Provider, has, knows int64, err error) {
 	sub, err := fs.Sub(migrations, "migrations")
 	if err != nil {
-		return err
+		return nil, 0, 0, err
 	}
-	p, err := goose.NewProvider(goose.DialectSQLite3, s.write, sub)
+	p, err = goose.NewProvider(goose.DialectSQLite3, db, sub)
 	if err != nil {
-		return err
+		return nil, 0, 0, err
 	}
-	// goose passes over versions that it does not know.
-	has, knows, err := p.GetVersions(ctx)
+	has, knows, err = p.GetVersions(ctx)
 	if err != nil {
-		return fmt.Errorf("reading the schema's version: %w", err)
+		return nil, 0, 0, fmt.Errorf("reading the schema's version: %w", err)
 	}
 	if has > knows {
-		return fmt.Errorf("its schema has version %d and this program knows up to %d: a newer signwardend has written it; run that one", has, knows)
+		return nil, 0, 0, fmt.Errorf("its schema has version %d and this program knows up to %d: a newer signwardend has written it; run that one", has, knows)
+	}
+	return p, has, knows, nil
+}
+
+func (s *SQLite) migrate(ctx context.Context) error {
+	p, _, _, err := versions(ctx, s.write)
+	if err != nil {
+		return err
 	}
 	if _, err := p.Up(ctx); err != nil {
 		return fmt.Errorf("bringing the schema up to date: %w", err)
@@ -124,7 +158,12 @@ func (s *SQLite) migrate(ctx context.Context) error {
 }
 
 // Close closes every connection.
-func (s *SQLite) Close() error { return errors.Join(s.read.Close(), s.write.Close()) }
+func (s *SQLite) Close() error {
+	if s.write == nil {
+		return s.read.Close()
+	}
+	return errors.Join(s.read.Close(), s.write.Close())
+}
 
 // Load implements Store.
 func (s *SQLite) Load(ctx context.Context) (State, error) {
@@ -220,6 +259,9 @@ func splitChain(b []byte) ([][]byte, error) {
 func (s *SQLite) Commit(ctx context.Context, c Change) (int64, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, fmt.Errorf("writing to the store: %w", err)
+	}
+	if s.write == nil {
+		return 0, errors.New("writing to the store: it is open for reading")
 	}
 	// Nothing here waits longer than busy_timeout, and for a context that can end
 	// the driver starts a goroutine for each statement.

@@ -7,6 +7,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -192,6 +193,58 @@ func TestNewerSchema(t *testing.T) {
 	for _, want := range []string{path, "version 99", "newer"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("the error does not say %q: %v", want, err)
+		}
+	}
+}
+
+// Beside the process that has it open, a database is read as it is.
+func TestReadSQLite(t *testing.T) {
+	path := t.TempDir() + "/store.db"
+	if _, err := store.ReadSQLite(t.Context(), path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a missing one: %v", err)
+	}
+	if _, err := os.Stat(path); err == nil {
+		t.Error("it was made")
+	}
+	s, err := store.OpenSQLite(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	k := plainKey("a")
+	commit(t, s, store.Change{CreateKey: &k, Policy: []byte("p"), Audit: entries("x", 3)})
+	r, err := store.ReadSQLite(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantState(t, r, "p", k)
+	if _, err := r.Commit(t.Context(), store.Change{Audit: entries("y", 1)}); err == nil {
+		t.Error("it writes")
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	if first := commit(t, s, store.Change{Audit: entries("z", 1)}); first != 3 {
+		t.Errorf("the next row is %d", first)
+	}
+	write, _ := s.Pools()
+	for _, c := range []struct{ name, change string }{
+		{"older", `DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version)`},
+		{"newer", `INSERT INTO goose_db_version (version_id, is_applied) VALUES (99, 1)`},
+	} {
+		if _, err := write.Exec(c.change); err != nil {
+			t.Fatal(err)
+		}
+		var was, is int
+		count := func(n *int) error { return write.QueryRow(`SELECT count(*) FROM goose_db_version`).Scan(n) }
+		if err := count(&was); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := store.ReadSQLite(t.Context(), path); err == nil || !strings.Contains(err.Error(), c.name) {
+			t.Errorf("%s: %v, %v", c.name, r, err)
+		}
+		if err := count(&is); err != nil || is != was {
+			t.Errorf("%s: the schema was changed: %v", c.name, err)
 		}
 	}
 }
