@@ -117,7 +117,7 @@ corpus: deps .cache/sign-file/sign-file.c
 # Each parser for a while: make fuzz FUZZTIME=10m
 FUZZTIME ?= 30s
 fuzz:
-	@for p in $$($(GO) list ./gateway/... ./agentproto/... ./formats/... ./hsm/worker); do \
+	@for p in $$($(GO) list ./gateway/... ./agentproto/... ./formats/... ./internal/... ./hsm/...); do \
 		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
 			echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p || exit 1; \
 		done; \

@@ -118,7 +118,8 @@ func checkUserID(s string) error {
 // specification has a user id, and registers it. Needs an admin rule for the
 // name. On an error nothing is registered, and what was generated is destroyed.
 func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd string, spec KeySpec) (keys.Key, error) {
-	a, err := g.beginKey(ctx, p, "key.create", spec.Name, frontEnd, func(now time.Time) error {
+	may := ofName(spec.Name)
+	a, err := g.beginKey(ctx, p, "key.create", spec.Name, frontEnd, may, func(now time.Time) error {
 		return spec.check(now, g.c.Certify != nil)
 	})
 	if err != nil {
@@ -145,7 +146,7 @@ func (g *Gateway) CreateKey(ctx context.Context, p ident.Principal, frontEnd str
 
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	if err := g.mayRegister(p, spec.Name); err != nil {
+	if err := g.still(p, may); err != nil {
 		g.destroy(ctx, ids)
 		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}

@@ -62,14 +62,11 @@ func (a *Adoption) check(canInspect bool) error {
 // Before it is registered the key has made one signature, which verifies with the public
 // key that the token shows; that one is pinned from then on, as with CreateKey.
 func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd string, ad Adoption) (keys.Key, error) {
-	a, err := g.beginKey(ctx, p, "key.adopt", ad.Name, frontEnd, func(time.Time) error { return ad.check(g.c.Inspect != nil) })
+	a, err := g.beginKey(ctx, p, "key.adopt", ad.Name, frontEnd, ofAll, func(time.Time) error { return ad.check(g.c.Inspect != nil) })
 	if err != nil {
 		return keys.Key{}, err
 	}
 	defer g.unreserve(ad.Name)
-	if err := mayAdopt(a.s, p, a.e.Time); err != nil {
-		return keys.Key{}, g.fail(a, audit.Denied, err)
-	}
 	a.e.Detail = fmt.Sprintf("token %q, id %x", g.c.TokenLabel, ad.ID)
 	k, err := g.examine(ctx, ad)
 	if err != nil {
@@ -91,8 +88,7 @@ func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd stri
 	}
 	g.admin.Lock()
 	defer g.admin.Unlock()
-	// Asked again: the rules may have changed while the token worked.
-	if err := mayAdopt(g.snap.Load(), p, g.c.Now()); err != nil {
+	if err := g.still(p, ofAll); err != nil {
 		return keys.Key{}, g.fail(a, audit.Denied, err)
 	}
 	// Not before: another one may have adopted it meanwhile, and nobody can any more.
@@ -107,13 +103,6 @@ func (g *Gateway) AdoptKey(ctx context.Context, p ident.Principal, frontEnd stri
 		return keys.Key{}, err
 	}
 	return k, nil
-}
-
-func mayAdopt(s *snapshot, p ident.Principal, now time.Time) error {
-	if d := s.rules.MayAdministerAll(p.Name(), now); !d.Allowed {
-		return fmt.Errorf("%w: to adopt a key takes an administrator of every key: %s", sigerr.Denied, d.Reason)
-	}
-	return nil
 }
 
 // unadopted records why a key was not registered, and returns the caller's error.
@@ -134,7 +123,7 @@ func (g *Gateway) examine(ctx context.Context, ad Adoption) (keys.Key, error) {
 	ctx, cancel := context.WithTimeout(ctx, g.c.SignTimeout)
 	defer cancel()
 	// Not to have a key sign that is somebody's already; asked again when it is registered.
-	if err := g.unused(ctx, ad); err != nil {
+	if err := g.unused(ctx, ad.ID, ad.PrimaryID); err != nil {
 		return keys.Key{}, err
 	}
 	signer, err := g.trySign(ctx, ad.ID)
@@ -203,18 +192,18 @@ var errTaken = fmt.Errorf("%w: the key is registered already, or being made", si
 
 // unused refuses ids that are registered, or being made: the key's own as anything, and
 // its primary's as that of a key which signs.
-func (g *Gateway) unused(ctx context.Context, ad Adoption) error {
+func (g *Gateway) unused(ctx context.Context, id, primary []byte) error {
 	st, err := g.c.Store.Load(ctx)
 	if err != nil {
 		return g.unrecorded(err)
 	}
 	for _, pair := range st.Pending {
-		if bytes.Equal(pair.ID, ad.ID) || bytes.Equal(pair.ID, ad.PrimaryID) {
+		if bytes.Equal(pair.ID, id) || bytes.Equal(pair.ID, primary) {
 			return errTaken
 		}
 	}
 	for _, other := range st.Keys {
-		if bytes.Equal(other.ID, ad.ID) || bytes.Equal(other.ID, ad.PrimaryID) || other.OpenPGP != nil && bytes.Equal(other.OpenPGP.PrimaryID, ad.ID) {
+		if bytes.Equal(other.ID, id) || bytes.Equal(other.ID, primary) || other.OpenPGP != nil && bytes.Equal(other.OpenPGP.PrimaryID, id) {
 			return errTaken
 		}
 	}
@@ -225,24 +214,17 @@ func (g *Gateway) unused(ctx context.Context, ad Adoption) error {
 // certificate that others have too, unless it is the same.
 // admin is held.
 func (g *Gateway) unclaimed(ctx context.Context, s *snapshot, k *keys.Key) error {
-	st, err := g.c.Store.Load(ctx)
-	if err != nil {
-		return g.unrecorded(err)
-	}
 	var primaryID, primary []byte
 	if k.OpenPGP != nil {
 		primaryID, primary = k.OpenPGP.PrimaryID, primaryOf(&keys.Registered{Key: *k})
 	}
-	for _, pair := range st.Pending {
-		if bytes.Equal(pair.ID, k.ID) || bytes.Equal(pair.ID, primaryID) {
-			return errTaken
-		}
+	if err := g.unused(ctx, k.ID, primaryID); err != nil {
+		return err
 	}
 	for _, name := range s.keys.Names() {
 		other := s.keys.Get(name)
 		o := other.OpenPGP
-		if bytes.Equal(other.ID, k.ID) || bytes.Equal(other.ID, primaryID) || bytes.Equal(other.Public, k.Public) ||
-			o != nil && (bytes.Equal(o.PrimaryID, k.ID) || bytes.Equal(o.PrimaryPublic, k.Public)) {
+		if bytes.Equal(other.Public, k.Public) || o != nil && bytes.Equal(o.PrimaryPublic, k.Public) {
 			return errTaken
 		}
 		if o == nil || primary == nil || !bytes.Equal(primaryOf(other), primary) {

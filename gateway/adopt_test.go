@@ -239,6 +239,41 @@ func TestAdoptKeyFails(t *testing.T) {
 	}
 }
 
+// Who is no administrator any more when the key has signed does not adopt it.
+func TestAdoptKeyRightsLost(t *testing.T) {
+	f := gatewaytest.New(t, admins+`
+  - {name: boss, principals: [boss], keys: ["*"], may: [admin]}
+`)
+	f.Put(t, "k")
+	f.Token.Before = func(context.Context, []byte) error {
+		_, err := f.ApplyPolicy(t.Context(), f.Root, "test", []byte(admins))
+		return err
+	}
+	if _, err := adopt(t, f, "boss", gateway.Adoption{Name: "a-k", ID: []byte("k")}); !errors.Is(err, sigerr.Denied) {
+		t.Errorf("got %v", err)
+	}
+	if e := f.Store.Last(t); f.Token.Signs() != 1 || e.Action != "key.adopt" || e.Outcome != audit.Denied || e.Principal != "boss" {
+		t.Errorf("%d signatures; audit entry %+v", f.Token.Signs(), e)
+	}
+	if _, err := f.Gateway.Key(t.Context(), f.Root, "a-k"); !errors.Is(err, sigerr.NotFound) {
+		t.Errorf("registered: %v", err)
+	}
+}
+
+// The longest id and certificate are taken for what they are.
+func TestAdoptKeyBounds(t *testing.T) {
+	f := gatewaytest.New(t, admins)
+	id := bytes.Repeat([]byte("k"), gateway.MaxTokenID)
+	f.Put(t, string(id))
+	_, err := adopt(t, f, "root", gateway.Adoption{Name: "a-k", ID: id, OpenPGP: make([]byte, gateway.MaxOpenPGP)})
+	if !errors.Is(err, sigerr.Invalid) || strings.Contains(err.Error(), "bytes") {
+		t.Errorf("a certificate of as many bytes as there may be: %v", err)
+	}
+	if _, err := adopt(t, f, "root", gateway.Adoption{Name: "a-k", ID: id}); err != nil {
+		t.Errorf("an id of as many: %v", err)
+	}
+}
+
 // Of two who adopt one key at a time one does.
 func TestAdoptKeyTwice(t *testing.T) {
 	f := gatewaytest.New(t, admins)

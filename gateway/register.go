@@ -11,9 +11,24 @@ import (
 	"github.com/signwarden/signwarden/gateway/sigerr"
 )
 
+// A right is what the rules say of an act that registers a key.
+type right func(r *policy.Rules, p ident.Principal, now time.Time) policy.Decision
+
+// ofName is an admin rule for a name.
+func ofName(name string) right {
+	return func(r *policy.Rules, p ident.Principal, now time.Time) policy.Decision {
+		return r.Allow(policy.Query{Principal: p.Name(), Key: name, Action: policy.Admin, Now: now})
+	}
+}
+
+// ofAll is one for every key.
+func ofAll(r *policy.Rules, p ident.Principal, now time.Time) policy.Decision {
+	return r.MayAdministerAll(p.Name(), now)
+}
+
 // beginKey opens an act that registers a key, of which check tells whether it can be
 // done at all. The name is the caller's then, until unreserve; where it errs it is not.
-func (g *Gateway) beginKey(ctx context.Context, p ident.Principal, action, name, frontEnd string, check func(now time.Time) error) (act, error) {
+func (g *Gateway) beginKey(ctx context.Context, p ident.Principal, action, name, frontEnd string, may right, check func(now time.Time) error) (act, error) {
 	a, err := g.begin(ctx, p, action, name, frontEnd)
 	if err != nil {
 		return a, err
@@ -21,7 +36,7 @@ func (g *Gateway) beginKey(ctx context.Context, p ident.Principal, action, name,
 	if err := check(a.e.Time); err != nil {
 		return a, g.fail(a, audit.Denied, err)
 	}
-	d := a.s.rules.Allow(policy.Query{Principal: p.Name(), Key: name, Action: policy.Admin, Now: a.e.Time})
+	d := may(a.s.rules, p, a.e.Time)
 	if !d.Allowed {
 		return a, g.fail(a, audit.Denied, fmt.Errorf("%w: %s", sigerr.Denied, d.Reason))
 	}
@@ -32,10 +47,10 @@ func (g *Gateway) beginKey(ctx context.Context, p ident.Principal, action, name,
 	return a, nil
 }
 
-// mayRegister asks again whether p may, under admin: the rules may have changed while
-// the token worked.
-func (g *Gateway) mayRegister(p ident.Principal, name string) error {
-	d := g.snap.Load().rules.Allow(policy.Query{Principal: p.Name(), Key: name, Action: policy.Admin, Now: g.c.Now()})
+// still asks again whether p may, under admin: the rules may have changed while the
+// token worked.
+func (g *Gateway) still(p ident.Principal, may right) error {
+	d := may(g.snap.Load().rules, p, g.c.Now())
 	if !d.Allowed {
 		return fmt.Errorf("%w: %s", sigerr.Denied, d.Reason)
 	}

@@ -189,6 +189,9 @@ func TestImportRefuses(t *testing.T) {
 			t.Errorf("%s: got %v, want %q, %v", c.name, c.err, c.want, c.is)
 		}
 	}
+	if err := p.ImportCertificate(ctx, []byte("k"), make([]byte, hsm.MaxCertificate)); err == nil || strings.Contains(err.Error(), "at most") {
+		t.Errorf("a certificate of as many bytes as there may be: %v", err)
+	}
 	if diff := cmp.Diff(list(t, p), before); diff != "" {
 		t.Errorf("the token has changed:\n%s", diff)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/signwarden/signwarden/cmd/internal/exit"
+	"github.com/signwarden/signwarden/gateway"
 	"github.com/signwarden/signwarden/gateway/config"
 	"github.com/signwarden/signwarden/gateway/store"
 	"github.com/signwarden/signwarden/hsm/pinrecord"
@@ -133,13 +134,10 @@ func registrations(ctx context.Context, conf config.Config) (map[string]registra
 	return known, nil
 }
 
-// maxID bounds an id that is given in hexadecimal, in bytes.
-const maxID = 64
-
 func parseID(s string) ([]byte, error) {
 	id, err := hex.DecodeString(s)
-	if err != nil || len(id) == 0 || len(id) > maxID {
-		return nil, exit.UsageError("--id %q: 1 to %d bytes in hexadecimal, as `signwardend token list` shows them", s, maxID)
+	if err != nil || len(id) == 0 || len(id) > gateway.MaxTokenID {
+		return nil, exit.UsageError("--id %q: 1 to %d bytes in hexadecimal, as `signwardend token list` shows them", s, gateway.MaxTokenID)
 	}
 	return id, nil
 }

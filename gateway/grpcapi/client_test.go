@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/signwarden/signwarden/gateway/audit"
 	"github.com/signwarden/signwarden/gateway/client"
@@ -274,6 +275,17 @@ func TestUnreachable(t *testing.T) {
 			t.Errorf("%s: got %v, want Unavailable that says that nothing listens at %s", name, err, addr)
 		}
 		t.Log(name, err)
+	}
+}
+
+// A gateway that lacks a call is older, and its token no part of that.
+func TestOlderGateway(t *testing.T) {
+	t.Parallel()
+	s := serve(t, gatewaytest.New(t, ""))
+	addr := listen(t, grpc.NewServer(grpc.Creds(credentials.NewTLS(s.tls.Config()))))
+	_, err := dial(t, profile(t, addr, s.ca.file, s.ca.issue(t, "root"))).AdoptKey(t.Context(), client.Adoption{Name: "k", TokenID: []byte("k")})
+	if err == nil || sigerr.Kind(err) != nil || !strings.Contains(err.Error(), "older") || !strings.Contains(err.Error(), addr) {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -141,7 +141,7 @@ func TestUrgent(t *testing.T) {
 	resume := sync.OnceFunc(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
 	defer resume()
 	const n = 200
-	answered := make(chan string, n+1)
+	answered := make(chan string, n+2)
 	for range n {
 		go func() { sign("flood"); answered <- "flood" }()
 	}
@@ -152,9 +152,15 @@ func TestUrgent(t *testing.T) {
 	}
 	go func() { sign("lone"); answered <- "lone" }()
 	until(t, "one more is with the worker", func() bool { return tok.Stats().InFlight == has+1 })
+	// But one for each session, no more.
+	go func() { sign("second"); answered <- "second" }()
+	until(t, "another one waits", func() bool { s := tok.Stats(); return s.Waiting+s.InFlight == n+2 })
+	if got := tok.Stats().InFlight; got != has+1 {
+		t.Errorf("the worker has %d, want %d", got, has+1)
+	}
 	resume()
 	at := -1
-	for i := range n + 1 {
+	for i := range n + 2 {
 		if <-answered == "lone" {
 			at = i
 		}

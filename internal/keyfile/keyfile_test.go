@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ProtonMail/go-crypto/openpgp/packet"
+
 	"github.com/signwarden/signwarden/internal/keyfile"
 )
 
@@ -216,6 +218,48 @@ func TestOpenPGPWhich(t *testing.T) {
 		if !strings.Contains(err.Error(), fpr) {
 			t.Errorf("%q does not have %s", err, fpr)
 		}
+	}
+}
+
+// As long, with as many packets and keys, as there may be; and one more.
+func TestBounds(t *testing.T) {
+	parse := func(parts ...[]byte) string {
+		_, err := keyfile.Parse(bytes.Join(parts, nil), keyfile.Options{Passphrase: passphrase("")})
+		if err == nil {
+			t.Fatal("it has no key that is meant, and is read")
+		}
+		return err.Error()
+	}
+	const more = "more packets or keys"
+	if err := parse(make([]byte, keyfile.MaxSize)); strings.Contains(err, "bytes") {
+		t.Errorf("the longest file: %v", err)
+	}
+	if err := parse(make([]byte, keyfile.MaxSize+1)); !strings.Contains(err, "bytes") {
+		t.Errorf("a longer one: %v", err)
+	}
+	gpg := gpg(t)
+	gpg("--passphrase", "", "--quick-gen-key", "A <a@example.org>", "ed25519", "sign", "never")
+	file := gpg("--export-secret-keys")
+	first, err := packet.NewOpaqueReader(bytes.NewReader(file)).Next()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if err := first.Serialize(&b); err != nil {
+		t.Fatal(err)
+	}
+	key, uid := b.Bytes(), []byte("\xcd\x01A")
+	if err := parse(bytes.Repeat(key, 64), uid); strings.Contains(err, more) {
+		t.Errorf("64 keys and what follows: %v", err)
+	}
+	if err := parse(bytes.Repeat(key, 65)); !strings.Contains(err, more) {
+		t.Errorf("65 keys: %v", err)
+	}
+	if err := parse(bytes.Repeat(uid, 4096)); strings.Contains(err, more) {
+		t.Errorf("4096 packets: %v", err)
+	}
+	if err := parse(bytes.Repeat(uid, 4097)); !strings.Contains(err, more) {
+		t.Errorf("4097 packets: %v", err)
 	}
 }
 

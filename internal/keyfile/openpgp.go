@@ -98,7 +98,8 @@ func candidates(r io.Reader) ([]candidate, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: OpenPGP packets: %v", ErrMalformed, kindOf(err))
 		}
-		if n == maxPackets || len(all) == maxKeys {
+		_, secret := p.(*packet.PrivateKey)
+		if n == maxPackets || secret && len(all) == maxKeys {
 			return nil, fmt.Errorf("%w: more packets or keys than a key file has", ErrMalformed)
 		}
 		switch p := p.(type) {
