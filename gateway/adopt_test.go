@@ -260,6 +260,24 @@ func TestAdoptKeyRightsLost(t *testing.T) {
 	}
 }
 
+// Nor does who wants as a primary key what has been adopted as a key that signs meanwhile.
+func TestAdoptKeyClaimed(t *testing.T) {
+	f := gatewaytest.New(t, admins)
+	pub, primary := f.Put(t, "k"), f.Put(t, "primary")
+	f.Token.Before = func(context.Context, []byte) error {
+		f.Token.Before = nil
+		_, err := adopt(t, f, "root", gateway.Adoption{Name: "a-p", ID: []byte("primary")})
+		return err
+	}
+	_, err := adopt(t, f, "root", gateway.Adoption{Name: "a-k", ID: []byte("k"), OpenPGP: gatewaytest.Certificate(t, "A", pub, primary), PrimaryID: []byte("primary")})
+	if !errors.Is(err, sigerr.Conflict) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := f.Gateway.Key(t.Context(), f.Root, "a-k"); !errors.Is(err, sigerr.NotFound) {
+		t.Errorf("registered: %v", err)
+	}
+}
+
 // The longest id and certificate are taken for what they are.
 func TestAdoptKeyBounds(t *testing.T) {
 	f := gatewaytest.New(t, admins)
