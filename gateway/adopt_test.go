@@ -8,7 +8,9 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"runtime"
 	"slices"
 	"strings"
@@ -473,7 +475,7 @@ func TestReplaceOpenPGP(t *testing.T) {
 			t.Errorf("%s: %+v", name, o)
 		}
 	}
-	if e := f.Store.Last(t); e.Outcome != audit.Done || e.Action != "key.openpgp" || !strings.Contains(e.Detail, "replaced") || f.Token.Signs() != signs {
+	if e := f.Store.Last(t); e.Outcome != audit.Done || e.Action != "key.openpgp" || !strings.Contains(e.Detail, fmt.Sprintf("replaced by what was changed elsewhere, sha256 %x", sha256.Sum256(next))) || f.Token.Signs() != signs {
 		t.Errorf("audit entry %+v, %d signatures", e, f.Token.Signs()-signs)
 	}
 	// A key that is disabled need not sign in it.

@@ -84,7 +84,7 @@ func (c *OpenPGPChange) words() string {
 	case c.Renew != nil:
 		return "renewed until " + c.Renew.UTC().Format(time.RFC3339)
 	case len(c.Replace) > 0:
-		return fmt.Sprintf("replaced by what was changed elsewhere, sha256 %x", sha256.Sum256(c.Replace))
+		return "replaced by what was changed elsewhere"
 	case c.Revoke != nil:
 		return clip(fmt.Sprintf("revoked: %s, %q; keys disabled", c.Revoke.Reason, c.Revoke.Text))
 	}
@@ -112,6 +112,7 @@ func (g *Gateway) AmendOpenPGP(ctx context.Context, p ident.Principal, frontEnd,
 		if err != nil {
 			return keys.Key{}, g.fail(a, audit.Denied, err)
 		}
+		a.e.Detail += fmt.Sprintf(", sha256 %x", sha256.Sum256(set[0].Certificate)) // as it is stored, and exported
 		return g.storeOpenPGP(ctx, p, a, name, store.Change{SetOpenPGP: set}, func() {})
 	}
 	if err := certifies(k); err != nil {

@@ -19,7 +19,8 @@ func (a *app) keyOpenPGP() *cobra.Command {
 		Use:   "openpgp",
 		Short: "Change the OpenPGP certificate of a key",
 		Long: `openpgp changes certificates: the gateway makes the self-signatures, and records
-them. Nothing is taken out of a certificate, so signatures that were made stay good.
+them. Nothing is taken out of a certificate, but by replace, so signatures that were
+made stay good.
 Give the new one to whoever verifies: signwarden key export NAME.`,
 	}
 	c.AddCommand(a.openpgpRenew(), a.openpgpAddUID(), a.openpgpRotate(), a.openpgpRevoke(), a.openpgpReplace())
@@ -149,9 +150,10 @@ func (a *app) openpgpReplace() *cobra.Command {
 		Use:   "replace NAME FILE",
 		Short: "Take a certificate that was changed where its primary key is",
 		Long: `replace is for a key that was adopted under a certificate whose primary key is off
-line: renew, extend or revoke the certificate there, with gpg, and give the gateway the
-result. It is the same certificate, in which the key and every other enabled one of the
-gateway's may sign. FILE is - for standard input.`,
+line: renew or extend the certificate there, with gpg, and give the gateway the result.
+It is the same certificate, in which the key and every other enabled one of the
+gateway's may sign: one that was revoked is not taken, disable the key instead. What
+FILE lacks the gateway's copy lacks from then on. FILE is - for standard input.`,
 		Example: `  gpg --armor --export release@example.org | signwarden key openpgp replace release -`,
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, argv []string) error {
