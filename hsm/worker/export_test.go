@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
+	"slices"
 	"testing"
 	"time"
 
@@ -23,6 +24,18 @@ func Locked(tok *Token, f func()) {
 	tok.mu.Lock()
 	defer tok.mu.Unlock()
 	f()
+}
+
+// NeverLate has workers be waited for, where they are late: as those of a token that was
+// as slow before.
+func NeverLate(tok *Token) { Locked(tok, func() { tok.slowest = time.Hour }) }
+
+// Flushed says whether workers can read all that they were given.
+func Flushed(tok *Token) (flushed bool) {
+	Locked(tok, func() {
+		flushed = !slices.ContainsFunc(tok.live, func(p *process) bool { return p.flushing || len(p.out) > 0 })
+	})
+	return flushed
 }
 
 const KindDone = kindDone

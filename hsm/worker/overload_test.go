@@ -5,7 +5,10 @@ import (
 	"crypto"
 	"errors"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -120,54 +123,69 @@ func TestUrgentPlaces(t *testing.T) {
 	}
 }
 
-// Who asks for one at a time does not wait behind what a worker has of somebody who floods.
+// Who asks for one at a time does not wait behind what a worker has, and has read already,
+// of somebody who floods.
 func TestUrgent(t *testing.T) {
-	c := newToken(t)
-	c.Workers, c.CallTimeout = 1, time.Hour
+	c := countingToken(t)
+	c.Workers, c.CallTimeout, c.Env["COUNT_SIGNS"] = 1, time.Hour, "1"
 	tok := open(t, c)
 	generate(t, tok, "k", "p256")
-	sign := func(by string) {
-		if _, err := tok.Sign(t.Context(), by, 1, []byte("k"), digest(1), crypto.SHA256); err != nil {
+	sign := func(by string, n byte) {
+		if _, err := tok.Sign(t.Context(), by, 1, []byte("k"), slices.Concat([]byte{n}, digest(1)[1:]), crypto.SHA256); err != nil {
 			t.Errorf("%s: %v", by, err)
 		}
 	}
-	for range 50 { // until it is known what one takes
-		sign("flood")
+	const warm, n = 50, 200
+	for range warm { // until it is known what one takes
+		sign("flood", 1)
 	}
+	worker.NeverLate(tok)
 	pid := tok.Workers()[0].PID
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	resume := sync.OnceFunc(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
 	defer resume()
-	const n = 200
-	answered := make(chan string, n+2)
+	order(t, c, "Sign", "wait")
+	var wg sync.WaitGroup
 	for range n {
-		go func() { sign("flood"); answered <- "flood" }()
+		wg.Go(func() { sign("flood", 1) })
 	}
-	until(t, "all wait", func() bool { s := tok.Stats(); return s.Waiting+s.InFlight == n })
+	until(t, "all wait", func() bool {
+		s := tok.Stats()
+		return s.Waiting+s.InFlight == n && worker.Flushed(tok)
+	})
 	has := tok.Stats().InFlight
 	if has < 8 {
 		t.Fatalf("the worker has only %d", has)
 	}
-	go func() { sign("lone"); answered <- "lone" }()
-	until(t, "one more is with the worker", func() bool { return tok.Stats().InFlight == has+1 })
+	resume()
+	taken(t, c, "Sign") // it has read all, and begun the first
+	wg.Go(func() { sign("lone", 2) })
+	until(t, "one more is with the worker", func() bool { return tok.Stats().InFlight == has+1 && worker.Flushed(tok) })
 	// But one for each session, no more.
-	go func() { sign("second"); answered <- "second" }()
+	wg.Go(func() { sign("second", 3) })
 	until(t, "another one waits", func() bool { s := tok.Stats(); return s.Waiting+s.InFlight == n+2 })
 	if got := tok.Stats().InFlight; got != has+1 {
 		t.Errorf("the worker has %d, want %d", got, has+1)
 	}
-	resume()
-	at := -1
-	for i := range n + 2 {
-		if <-answered == "lone" {
-			at = i
+	if err := os.WriteFile(filepath.Join(c.Env["COUNT_DIR"], "Sign.go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	b, err := os.ReadFile(filepath.Join(c.Env["COUNT_DIR"], "calls"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var signs []string
+	for _, line := range strings.Split(string(b), "\n") {
+		if what, ok := strings.CutPrefix(line, "C_Sign "); ok {
+			signs = append(signs, what)
 		}
 	}
-	// The worker has begun one; goroutines are told in no order, of one read at the most.
-	if at > has/2 {
-		t.Errorf("who asked once was answered after %d of %d that the worker had", at, has)
+	// Each is two calls, of which the first asks how long it will be.
+	if at := slices.Index(signs, "02")/2 - warm; at != 1 {
+		t.Errorf("it was signed for who asked once after %d, of %d that the worker had, want 1", at, has)
 	}
 }
 

@@ -1,7 +1,8 @@
 // A PKCS#11 module for tests: SoftHSM2's, with some calls counted, and some
 // answered with a CK_RV, each once.
 //
-// COUNT_DIR/calls gets a line for each call that is counted. Where
+// COUNT_DIR/calls gets a line for each call that is counted; with COUNT_SIGNS for each
+// C_Sign too, with the first byte of what is signed. Where
 // COUNT_DIR/NAME.rv exists, the next C_NAME takes it away and returns the number
 // in it; 'crash' crashes, 'hang' hangs, 'wait' waits
 // for COUNT_DIR/NAME.go. While COUNT_DIR/deadly exists, every C_Sign
@@ -82,6 +83,11 @@ static CK_RV sign(CK_SESSION_HANDLE sh, CK_BYTE_PTR data, CK_ULONG n, CK_BYTE_PT
 		raise(SIGSEGV);
 	}
 alive:;
+	if (getenv("COUNT_SIGNS")) {
+		char line[64];
+		snprintf(line, sizeof line, "C_Sign %02x", n ? data[0] : 0);
+		count(line);
+	}
 	CK_RV rv = ordered("Sign");
 	if (rv == CKR_USER_NOT_LOGGED_IN) // and that is so
 		real->C_Logout(sh);
