@@ -266,7 +266,7 @@ func (w *worker) undo(id []byte, classes []uint) error {
 			return nil
 		}
 	}
-	return w.writable(func() error {
+	return w.inNewSession(func() error {
 		_, err := w.destroy(id, classes)
 		return err
 	})

@@ -21,6 +21,7 @@ type Config struct {
 	PIN        PIN               // the user PIN; not looked at where Ask is set
 	Sessions   int               // bound on sessions used for signing; 0 is defaultSessions
 	Profile    string            // one of Profiles; empty: by the module's file name and the token's maker
+	Writes     bool              // sessions are read-write: for a pool that makes, imports or destroys, and does little else
 	Logger     *slog.Logger      // nil logs nothing
 
 	// Ask, where it is set, gives the PIN: Open calls it once, when it has found
@@ -97,7 +98,7 @@ func open(ctx context.Context, c Config, wrap func(api) api) (*Pool, error) {
 		return nil, err
 	}
 	p := &Pool{
-		api: wrap(m.ctx), mod: m, pin: c.PIN, ask: c.Ask, log: c.Logger,
+		api: wrap(m.ctx), mod: m, pin: c.PIN, ask: c.Ask, writes: c.Writes, log: c.Logger,
 		keys: map[string]key{},
 	}
 	if p.log == nil {

@@ -45,6 +45,8 @@ type Pool struct {
 	log  *slog.Logger
 	info Info
 
+	writes bool // the workers' sessions are read-write
+
 	profile Profile
 
 	workers []*worker

@@ -101,7 +101,11 @@ func (w *worker) ready() error {
 	}
 	w.drop()
 	w.epoch = p.epoch.Load() // before the session is opened: a later loss voids it
-	sh, err := p.api.OpenSession(p.slot, p.sessionFlags())
+	flags := p.sessionFlags()
+	if p.writes {
+		flags |= pkcs11.CKF_RW_SESSION
+	}
+	sh, err := p.api.OpenSession(p.slot, flags)
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_SESSION_COUNT)) && p.live.Load() > 0 {
 		return errNoRoom
 	}
@@ -147,9 +151,18 @@ func (w *worker) drop() {
 	w.p.unpark()
 }
 
-// writable gives run a read-write session in place of the worker's own, so
-// that the number of sessions does not grow. For what makes or destroys keys.
+// writable gives run a read-write session. For what makes or destroys keys.
 func (w *worker) writable(run func() error) error {
+	if w.p.writes {
+		return run()
+	}
+	return w.inNewSession(run)
+}
+
+// inNewSession gives run a read-write session in place of the worker's own, so
+// that the number of sessions does not grow. Where that was the last one, the login
+// goes with it.
+func (w *worker) inNewSession(run func() error) error {
 	w.drop()
 	sh, err := w.p.api.OpenSession(w.p.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
@@ -237,7 +250,7 @@ func (p *Pool) hold() {
 	}
 }
 
-// sessionFlags are those of the sessions that sign.
+// sessionFlags are those of the sessions that sign, and of the one that holds the login.
 func (p *Pool) sessionFlags() uint {
 	if p.profile.ReadWrite {
 		return pkcs11.CKF_SERIAL_SESSION | pkcs11.CKF_RW_SESSION

@@ -83,8 +83,12 @@ const maxLoans = 2
 // begun.
 func (t *Token) perform(ctx context.Context, op string, kind byte, body []byte, came chan<- outcome) {
 	defer clear(body)
+	mode := modeWrite
+	if kind == kindList {
+		mode = modeList
+	}
 	for loans := 0; ; loans++ {
-		p, err := t.start(ctx, modeAdmin)
+		p, err := t.start(ctx, mode)
 		if err == nil {
 			err = ctx.Err() // which has not cut off the login
 		}

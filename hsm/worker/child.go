@@ -62,10 +62,10 @@ func Main() int {
 		return 1
 	}
 	p.send(kindReady, 0, appendInfo(nil, pool.Info()), false)
-	if h.mode == modeAdmin {
-		act(p, pool)
-	} else {
+	if h.mode == modeSign {
 		signAll(p, pool, int(h.sessions))
+	} else {
+		act(p, pool)
 	}
 	if err := pool.Close(); err != nil {
 		fmt.Fprintf(os.Stderr, "closing the token: %v\n", err)
@@ -79,7 +79,7 @@ var errNoPIN = errors.New("the parent gave no PIN")
 // open loads the module, asks for the PIN, and logs in.
 func (h hello) open(p *pipe) (*hsm.Pool, error) {
 	c := hsm.Config{
-		Module: h.module, Env: map[string]string{}, TokenLabel: h.label, Profile: h.profile, Sessions: int(h.sessions),
+		Module: h.module, Env: map[string]string{}, TokenLabel: h.label, Profile: h.profile, Sessions: int(h.sessions), Writes: h.mode == modeWrite,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		Ask: func(i hsm.Info) (hsm.PIN, error) {
 			p.send(kindAsk, 0, appendInfo(nil, i), false)

@@ -18,7 +18,8 @@ import (
 // What a child is for.
 const (
 	modeSign  byte = iota + 1 // read-only: sign, public key, ping
-	modeAdmin                 // one act: list, generate, import, delete
+	modeList                  // read-only: one list of what the token holds
+	modeWrite                 // one act that writes: generate, import, delete
 )
 
 // hello is the first frame to a child.
@@ -63,7 +64,7 @@ func parseHello(b []byte) (hello, error) {
 		}
 		h.env = append(h.env, v)
 	}
-	if h.mode != modeSign && h.mode != modeAdmin || h.sessions == 0 {
+	if h.mode < modeSign || h.mode > modeWrite || h.sessions == 0 {
 		d.bad = true
 	}
 	if err := d.end("hello"); err != nil {

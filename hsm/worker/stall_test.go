@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -231,13 +232,42 @@ func TestLends(t *testing.T) {
 		t.Errorf("%d sessions", n)
 	}
 	// None to be had from anybody: it is said, and not waited for.
-	m.Set(t, "sessions_total 1")
+	m.Set(t, "C_OpenSession rv=0xb1")
 	if _, err := tok.Generate(t.Context(), "none", []byte("none"), "p256"); err == nil {
 		t.Error("a key was made without a session")
 	}
 	m.Set(t)
 	until(t, "there are two workers", func() bool { return len(tok.Workers()) == 2 })
 	generate(t, tok, "last", "p256")
+}
+
+// One session that is left is enough for every act: it is the one of the login, so that
+// there is one C_Login, and no worker lends any.
+func TestLastSession(t *testing.T) {
+	tok, m, _ := faultyToken(t, func(c *worker.Config) { c.Sessions = 1 })
+	until(t, "each worker has a session and one for the login", func() bool { return m.Sessions() == 4 })
+	m.Set(t, "sessions_total 5")
+	workers := tok.Workers()
+	for _, act := range []struct {
+		name string
+		do   func() error
+	}{
+		{"generate", func() error { _, err := tok.Generate(t.Context(), "other", []byte("other"), "p256"); return err }},
+		{"import", func() error { _, err := tok.Import(t.Context(), "imported", []byte("imported"), newKey(t)); return err }},
+		{"list", func() error { _, err := tok.List(t.Context()); return err }},
+		{"delete", func() error { return tok.Delete(t.Context(), []byte("other")) }},
+	} {
+		logins := m.Calls("C_Login")
+		if err := act.do(); err != nil {
+			t.Errorf("%s: %v", act.name, err)
+		}
+		if n := m.Calls("C_Login") - logins; n != 1 {
+			t.Errorf("%s: %d logins", act.name, n)
+		}
+	}
+	if got := tok.Workers(); !slices.EqualFunc(got, workers, func(a, b worker.Worker) bool { return a.PID == b.PID }) {
+		t.Errorf("workers %+v, before the acts %+v", got, workers)
+	}
 }
 
 // Sessions that would end while nobody asks anything are kept alive.

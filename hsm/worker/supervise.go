@@ -83,7 +83,7 @@ func (p *process) greet(ctx context.Context, mode byte, bound time.Duration) err
 	defer closing()
 	f, err := p.exchange(kindHello, newHello(mode, p.t.c).append(nil))
 	if err == nil && f.kind == kindAsk {
-		if mode == modeAdmin { // what has ended before, login sees
+		if mode != modeSign { // what has ended before, login sees
 			left()
 			closing()
 		}
