@@ -436,6 +436,7 @@ func (g *Gateway) sign(ctx context.Context, p ident.Principal, r Request, conten
 	if err != nil { // 2
 		g.log.Error("token returned a signature that does not verify: is this the token and the key that were registered?",
 			"key", k.Name, "token", k.Token, "error", err)
+		g.c.Token.Doubt(k.ID)
 		return g.refuse(e, audit.Failed, sigerr.TokenFailed, "the token's signature does not verify: "+err.Error())
 	}
 	// An administrator may have acted while the token worked: what is no longer

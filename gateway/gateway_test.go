@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -143,7 +144,7 @@ func TestSignVerifies(t *testing.T) {
 	for _, a := range []keys.Algorithm{keys.RSA2048, keys.P256, keys.Ed25519} {
 		t.Run(string(a), func(t *testing.T) {
 			f := gatewaytest.New(t, "")
-			f.Key(t, "k", a)
+			id := string(f.Key(t, "k", a).ID)
 			f.Token.After = func(sig []byte) []byte { sig[len(sig)-1] ^= 1; return sig }
 			sig, err := f.Sign(t.Context(), f.Root, gatewaytest.Request("k", "text"))
 			if !errors.Is(err, sigerr.TokenFailed) || sig.Bytes != nil {
@@ -155,6 +156,9 @@ func TestSignVerifies(t *testing.T) {
 			f.Token.After = func(sig []byte) []byte { return sig[1:] }
 			if _, err := f.Sign(t.Context(), f.Root, gatewaytest.Request("k", "text")); !errors.Is(err, sigerr.TokenFailed) {
 				t.Errorf("a short signature: got %v, want a token failure", err)
+			}
+			if got := f.Token.Doubted(); !slices.Equal(got, []string{id, id}) {
+				t.Errorf("the token is told to look again at %q, want twice the key", got)
 			}
 		})
 	}

@@ -38,6 +38,9 @@ type Token interface {
 	// Delete destroys a pair: one that Generate made and that was not registered.
 	// Where there is none the error has the method NotFound() bool.
 	Delete(ctx context.Context, id []byte) error
+	// Doubt says that a signature by the key with this id was not that of the
+	// registered key: what the token holds is to be looked at anew. It returns at once.
+	Doubt(id []byte)
 }
 
 // Certify makes an OpenPGP certificate (a transferable public key) by asking the

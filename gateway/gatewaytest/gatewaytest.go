@@ -205,6 +205,7 @@ type Token struct {
 	mu    sync.Mutex
 	pairs map[string]crypto.Signer
 	signs int
+	doubt []string
 	last  struct {
 		by     string
 		weight int
@@ -223,6 +224,20 @@ type Token struct {
 
 // NewToken makes an empty token.
 func NewToken() *Token { return &Token{pairs: map[string]crypto.Signer{}} }
+
+// Doubt notes the id.
+func (k *Token) Doubt(id []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.doubt = append(k.doubt, string(id))
+}
+
+// Doubted are the ids that Doubt was called with, in order.
+func (k *Token) Doubted() []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.doubt)
+}
 
 // Signs is how often Sign was called.
 func (k *Token) Signs() int {

@@ -45,6 +45,8 @@ type Token interface {
 	// Evict fails what waits and what is being worked on with err, where movable says
 	// that another token has the key.
 	Evict(err error, movable func(id []byte) bool)
+	// Doubt says that it does not hold under id what it should.
+	Doubt(id []byte)
 	Stats() worker.Stats
 	ReadPIN() error
 	Close() error
@@ -84,6 +86,13 @@ const (
 	silence = 100 * time.Millisecond
 )
 
+// lookEvery is how often a token is asked for registered keys that it does not have, for an
+// operator may have put them there, if that takes it less than one part of lookShare of
+// its time.
+var lookEvery = 10 * time.Second
+
+const lookShare = 20
+
 // Fleet is several tokens. It is safe for concurrent use.
 type Fleet struct {
 	log     *slog.Logger
@@ -112,7 +121,7 @@ func Open(ctx context.Context, c Config) (*Fleet, error) {
 	f.closing, f.stop = context.WithCancel(context.WithoutCancel(ctx))
 	tried := make(chan error, len(c.Members))
 	for _, mc := range c.Members {
-		m := &member{Member: mc, f: f, log: f.log.With("token", mc.Name), keys: map[string]location{}, retry: make(chan struct{}, 1)}
+		m := &member{Member: mc, f: f, log: f.log.With("token", mc.Name), keys: map[string]location{}, had: map[string]bool{}, retry: make(chan struct{}, 1)}
 		m.breaker.state = Broken
 		f.members = append(f.members, m)
 	}
@@ -168,7 +177,25 @@ func (f *Fleet) Pin(id []byte, public crypto.PublicKey) {
 	f.pins[string(id)] = public
 	for _, m := range f.members {
 		delete(m.keys, string(id))
+		delete(m.had, string(id))
 		m.poke()
+	}
+}
+
+// Doubt says that a signature by the key with this id was not that of the registered
+// key: no token is used for it before it was asked what it holds.
+func (f *Fleet) Doubt(id []byte) {
+	f.mu.Lock()
+	var doubted []Token
+	for _, m := range f.members {
+		if m.keys[string(id)] == here {
+			m.keys[string(id)] = unknown
+			doubted = append(doubted, m.token)
+		}
+	}
+	f.mu.Unlock()
+	for _, t := range doubted {
+		t.Doubt(id)
 	}
 }
 

@@ -27,6 +27,7 @@ type fake struct {
 	busy   int
 	since  time.Time
 	asked  int  // whatever
+	doubts int
 	noKey  bool // Sign finds none
 }
 
@@ -100,6 +101,7 @@ func (k *fake) Delete(_ context.Context, id []byte) error {
 	delete(k.public, string(id))
 	return nil
 }
+func (k *fake) Doubt([]byte)               { k.mu.Lock(); defer k.mu.Unlock(); k.doubts++ }
 func (k *fake) Ping(context.Context) error { return k.call() }
 func (k *fake) ReadPIN() error             { return nil }
 func (k *fake) Close() error               { return nil }
@@ -324,6 +326,70 @@ func TestOtherKey(t *testing.T) {
 		synctest.Wait()
 		if err := sign(f); err != nil || a.count() != 1 {
 			t.Errorf("after the copy was mended: %v, %d signatures", err, a.count())
+		}
+	})
+}
+
+// A token that lacks a key is asked for it again: one that never had it may be given it, and
+// of one that had it the workers, too, may see what was.
+func TestLooksAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newFake(has(keyA)), newFake(nil)
+		f := open(t, a, b)
+		defer f.Close()
+		signs := func(want *fake, why string) {
+			t.Helper()
+			before := want.count()
+			if err := sign(f); err != nil || want.count() != before+1 {
+				t.Errorf("%s: %v, and another token was asked", why, err)
+			}
+		}
+		set := func(k *fake, noKey bool, public map[string]crypto.PublicKey) {
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			k.noKey, k.public = noKey, public
+		}
+		time.Sleep(time.Minute)
+		signs(a, "b has no key")
+		if b.doubts != 0 {
+			t.Errorf("a token that never had the key was doubted %d times", b.doubts)
+		}
+		set(b, false, has(keyA))
+		time.Sleep(11 * time.Second)
+		a.set(gone())
+		signs(b, "b was given the key")
+		a.set(nil)
+		time.Sleep(time.Minute)
+
+		set(a, true, nil)
+		b.set(gone())
+		if err := sign(f); err == nil {
+			t.Error("signed without a key")
+		}
+		b.set(nil)
+		time.Sleep(time.Minute)
+		if a.doubts < 5 || a.doubts > 7 || b.doubts != 0 {
+			t.Errorf("in a minute a, which lost the key, was doubted %d times, b %d times", a.doubts, b.doubts)
+		}
+		set(a, false, has(keyA))
+		time.Sleep(11 * time.Second)
+		b.set(gone())
+		signs(a, "a has its key again")
+		b.set(nil)
+		time.Sleep(time.Minute)
+
+		doubts := a.doubts
+		set(a, false, has(keyB)) // under way: what it signs does not verify
+		f.Doubt([]byte("k"))
+		if a.doubts != doubts+1 || b.doubts != 1 {
+			t.Errorf("doubted %d and %d times", a.doubts-doubts, b.doubts)
+		}
+		signed := a.count()
+		for range 10 {
+			signs(b, "a has another key")
+		}
+		if a.count() != signed {
+			t.Error("a token was used that has another key")
 		}
 	})
 }

@@ -35,6 +35,7 @@ type member struct {
 	breaker  breaker
 	err      error // why it does not work
 	keys     map[string]location
+	had      map[string]bool // registered keys that it has or had
 	inFlight int
 	took     time.Duration // what a request takes it: of those at a time, a moving average
 	crashes  int           // requests that crashed its workers, since one that did not
@@ -103,10 +104,17 @@ func (m *member) check(ctx context.Context, t Token, id []byte) error {
 		m.keys[string(id)] = absent
 	case err != nil:
 	case equal(want, got):
-		m.keys[string(id)] = here
+		if m.had[string(id)] && m.keys[string(id)] > here {
+			m.log.Info("the token has a registered key again", slog.String("id", fmt.Sprintf("%x", id)))
+		}
+		m.keys[string(id)], m.had[string(id)] = here, true
 	default:
+		known := m.keys[string(id)] == other
 		m.keys[string(id)] = other
 		err = errOther
+		if known {
+			break
+		}
 		m.log.Error("the token has another key under a registered id: it is not used for that key", slog.String("id", fmt.Sprintf("%x", id)))
 	}
 	return err
@@ -180,19 +188,25 @@ func (m *member) keep(ctx context.Context, tried chan<- error) {
 	if !m.openIt(ctx, tried) {
 		return
 	}
+	next := time.Now().Add(lookEvery)
 	for {
 		m.f.mu.Lock()
 		works, pause := m.breaker.works(), m.breaker.pause
 		m.f.mu.Unlock()
-		var probe <-chan time.Time
+		var probe, look <-chan time.Time
 		if works {
 			m.checkAll(m.f.closing)
+			look = time.After(time.Until(next))
 		} else {
 			probe = time.After(pause)
 		}
 		select {
 		case <-m.retry:
 			continue
+		case <-look:
+			began := time.Now()
+			m.lookAgain()
+			next = time.Now().Add(max(lookEvery, lookShare*time.Since(began)))
 		case <-probe:
 			m.probe()
 		case <-m.f.closing.Done():
@@ -301,6 +315,10 @@ func (m *member) checkAll(ctx context.Context) error {
 		}
 	}
 	f.mu.Unlock()
+	return m.checkThese(ctx, t, ids)
+}
+
+func (m *member) checkThese(ctx context.Context, t Token, ids [][]byte) error {
 	for _, id := range ids {
 		if ctx.Err() != nil {
 			return nil
@@ -310,6 +328,30 @@ func (m *member) checkAll(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// lookAgain asks the token for the keys that it does not have. Where it had one, what its
+// workers see is in doubt too.
+func (m *member) lookAgain() {
+	f := m.f
+	f.mu.Lock()
+	t := m.token
+	var ids [][]byte
+	var lost []byte
+	for id := range f.pins {
+		if m.keys[id] <= here {
+			continue
+		}
+		ids = append(ids, []byte(id))
+		if m.had[id] {
+			lost = []byte(id)
+		}
+	}
+	f.mu.Unlock()
+	if lost != nil {
+		t.Doubt(lost)
+	}
+	m.checkThese(f.closing, t, ids) // whose error has opened the breaker
 }
 
 // watch looks for tokens that are silent: whose workers have requests and answer

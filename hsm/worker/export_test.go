@@ -20,6 +20,13 @@ func SetReplacePause(t *testing.T, d time.Duration) {
 	t.Cleanup(func() { replacePause = was })
 }
 
+// SetMinDoubt changes the age of the first worker that is replaced where a key is not found.
+func SetMinDoubt(t *testing.T, d time.Duration) {
+	was := minDoubt
+	minDoubt = d
+	t.Cleanup(func() { minDoubt = was })
+}
+
 // Locked calls f while nobody looks at what workers do.
 func Locked(tok *Token, f func()) {
 	tok.mu.Lock()

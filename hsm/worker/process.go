@@ -361,6 +361,9 @@ func (t *Token) settle(p *process, c *call, f frame) (tell *call, err error) {
 			return nil, err
 		}
 		c.answer, c.err = nil, fail
+		if c.kind == kindSign && fail.cause == hsm.ErrNotFound {
+			t.doubt()
+		}
 		if e, ok := fail.cause.(*hsm.Error); ok && t.blame(p, c, e) {
 			return nil, nil
 		}
