@@ -92,6 +92,9 @@ func overload(t *testing.T, g *gateway, key string) {
 	if with.P99 > 3*alone.P99 {
 		t.Errorf("who asks for one at a time waits %.1f times as long beside a flood, want 3 at most", with.P99/alone.P99)
 	}
+	if flood.Errors > 0 {
+		t.Errorf("%d requests of the flood failed in the end", flood.Errors)
+	}
 	if goodput < 0.9 {
 		t.Errorf("%.2f of the peak is signed under the flood, want 0.9", goodput)
 	}
@@ -105,13 +108,13 @@ func overload(t *testing.T, g *gateway, key string) {
 
 // asked is what `signwarden bench sign -o json` tells.
 type asked struct {
-	Rate float64 `json:"signatures_per_second"`
-	P50  float64 `json:"p50_ms"`
-	P99  float64 `json:"p99_ms"`
+	Rate   float64 `json:"signatures_per_second"`
+	P50    float64 `json:"p50_ms"`
+	P99    float64 `json:"p99_ms"`
+	Errors int     `json:"errors"`
 }
 
-// ask has a process ask for signatures for d. Some of a flood are refused seven times,
-// and then are errors.
+// ask has a process ask for signatures for d.
 func (g *gateway) ask(t *testing.T, profile, key string, callers, streams int, d time.Duration) <-chan asked {
 	cmd := exec.Command(filepath.Join(bin, "signwarden"), "bench", "sign", "--key", key, "--duration", d.String(),
 		"--concurrency", strconv.Itoa(callers), "--streams", strconv.Itoa(streams), "-o", "json", "--profile", g.profile(profile))

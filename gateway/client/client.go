@@ -78,6 +78,8 @@ type Client struct {
 	policy  pb.PolicyServiceClient
 	audit   pb.AuditServiceClient
 
+	window window // of requests to sign
+
 	// ctx ends with Close; streams live in it, not in the context of the
 	// request that happened to open them.
 	ctx    context.Context
@@ -260,7 +262,12 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 		return Signature{}, err
 	}
 	var out Signature
-	err = c.persist(ctx, attempts, func() error {
+	err = c.persist(ctx, attempts, func() (err error) {
+		number, err := c.window.enter(ctx)
+		if err != nil {
+			return err
+		}
+		defer func() { c.window.leave(number, err) }()
 		res, err := c.signOnce(ctx, it)
 		if err != nil {
 			return err
