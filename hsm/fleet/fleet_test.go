@@ -26,7 +26,7 @@ type fake struct {
 	signs  int
 	busy   int
 	since  time.Time
-	asked  int  // whatever
+	asked  int // whatever
 	doubts int
 	noKey  bool // Sign finds none
 }
