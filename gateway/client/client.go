@@ -78,7 +78,7 @@ type Client struct {
 	policy  pb.PolicyServiceClient
 	audit   pb.AuditServiceClient
 
-	window window // of requests to sign
+	windows windows // of requests to sign
 
 	// ctx ends with Close; streams live in it, not in the context of the
 	// request that happened to open them.
@@ -252,7 +252,8 @@ func (r *Request) item() (*pb.SignItem, error) {
 // Sign asks for one signature and waits. Call it from many goroutines to keep
 // many in flight: they share a stream and its messages. Where the gateway
 // cannot be reached, drains or is overloaded, the request is sent again under
-// the same id, within ctx.
+// the same id, within ctx. Once it was overloaded, it is given no more requests at a time than
+// it takes; the others wait for their turn, until their ctx ends.
 func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 	if r.ID == "" {
 		r.ID = rand.Text()
@@ -262,22 +263,19 @@ func (c *Client) Sign(ctx context.Context, r Request) (Signature, error) {
 		return Signature{}, err
 	}
 	var out Signature
-	err = c.persist(ctx, attempts, func() (err error) {
-		number, err := c.window.enter(ctx)
-		if err != nil {
-			return err
-		}
-		defer func() { c.window.leave(number, err) }()
-		res, err := c.signOnce(ctx, it)
-		if err != nil {
-			return err
-		}
-		sig := res.GetSignature()
-		if sig == nil {
-			return pb.FromStatus(status.FromProto(res.GetError()))
-		}
-		out = Signature{Bytes: sig.GetSignature(), Scheme: sig.GetScheme().Scheme(), AuditRow: sig.GetAuditRow()}
-		return nil
+	err = c.persist(ctx, attempts, func() error {
+		return c.windows.do(ctx, r.Key, func() error {
+			res, err := c.signOnce(ctx, it)
+			if err != nil {
+				return err
+			}
+			sig := res.GetSignature()
+			if sig == nil {
+				return pb.FromStatus(status.FromProto(res.GetError()))
+			}
+			out = Signature{Bytes: sig.GetSignature(), Scheme: sig.GetScheme().Scheme(), AuditRow: sig.GetAuditRow()}
+			return nil
+		})
 	})
 	return out, err
 }

@@ -21,12 +21,7 @@ type busyGateway struct {
 	answered int
 }
 
-func (g *busyGateway) sign(w *window) (err error) {
-	number, err := w.enter(context.Background())
-	if err != nil {
-		return err
-	}
-	defer func() { w.leave(number, err) }()
+func (g *busyGateway) sign() error {
 	g.mu.Lock()
 	if g.has == 300 {
 		g.refused++
@@ -50,7 +45,7 @@ func (g *busyGateway) sign(w *window) (err error) {
 func TestWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := &busyGateway{turn: make(chan struct{}, 1)}
-		var clients [2]window
+		var clients [2]windows
 		var shares [2]int
 		var callers sync.WaitGroup
 		var mu sync.Mutex
@@ -58,7 +53,7 @@ func TestWindow(t *testing.T) {
 		for i := range 1000 {
 			callers.Go(func() {
 				for time.Since(began) < time.Minute {
-					if g.sign(&clients[i%2]) != nil {
+					if clients[i%2].do(t.Context(), "k", g.sign) != nil {
 						time.Sleep(100 * time.Millisecond)
 						continue
 					}
@@ -79,76 +74,113 @@ func TestWindow(t *testing.T) {
 			t.Errorf("the clients had %d and %d", a, b)
 		}
 		for i := range clients {
-			if w := &clients[i]; w.size != 0 || w.underWay != 0 || w.waiting.Len() != 0 {
-				t.Errorf("client %d: %d under way of %v when all are done", i, w.underWay, w.size)
+			if n := len(clients[i].byKey); n != 0 {
+				t.Errorf("client %d remembers %d keys when all are done", i, n)
 			}
 		}
 	})
 }
 
-// Nothing waits before something was refused; then in turn; who goes away does so at
-// once, and takes no place.
+// Nothing waits before something was refused; then in turn, with other keys not; who goes
+// away does so at once, and takes no place.
 func TestWindowPlaces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var w window
-		enter := func(ctx context.Context) int64 {
+		var ws windows
+		var w *window
+		enter := func() int64 {
 			t.Helper()
-			n, err := w.enter(ctx)
-			if err != nil {
+			var n int64
+			var err error
+			if w, n, err = ws.enter(t.Context(), "k"); err != nil {
 				t.Fatal(err)
 			}
 			return n
 		}
+		leave := func(n int64, err error) { ws.leave(w, "k", n, err) }
 		var in []int64
 		for range 8 {
-			in = append(in, enter(t.Context()))
+			in = append(in, enter())
 		}
-		w.leave(in[0], sigerr.Overloaded) // 6 of 8, and 7 are under way
-		w.leave(in[1], sigerr.Overloaded) // tells nothing new
-		w.leave(in[2], sigerr.Unavailable)
-		if w.size != 6 || w.underWay != 5 {
+		leave(in[0], sigerr.Overloaded) // 6 of 8, and 7 are under way
+		leave(in[1], sigerr.Overloaded) // tells nothing new
+		leave(in[2], sigerr.Unavailable)
+		leave(in[3], nil) // wider it becomes only where it is full
+		if w.size != 6 || w.underWay != 4 {
 			t.Fatalf("%v of %v", w.underWay, w.size)
 		}
-		in = append(in[3:], enter(t.Context()))
+		in = append(in[4:], enter(), enter())
+		if other, n, err := ws.enter(t.Context(), "another"); err != nil {
+			t.Errorf("another key: %v", err)
+		} else {
+			ws.leave(other, "another", n, nil)
+		}
+
+		soon, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		gone, goAway := context.WithCancel(t.Context())
 		var order []int
 		var waiting sync.WaitGroup
-		gone, leave := context.WithCancel(t.Context())
-		for i, ctx := range []context.Context{t.Context(), gone, t.Context()} {
+		for i, ctx := range []context.Context{t.Context(), gone, soon, t.Context()} {
 			waiting.Go(func() {
-				n, err := w.enter(ctx)
-				if (ctx == gone) != errors.Is(err, sigerr.Canceled) {
-					t.Errorf("waiter %d: %v", i, err)
-				}
-				if err == nil {
-					order = append(order, i) // one has a place at a time
-					w.leave(n, nil)
+				err := ws.do(ctx, "k", func() error { order = append(order, i); return nil }) // one has a place at a time
+				if want := []error{nil, sigerr.Canceled, sigerr.Overloaded, nil}[i]; !errors.Is(err, want) {
+					t.Errorf("waiter %d: %v, want %v", i, err, want)
 				}
 			})
 			synctest.Wait()
 		}
-		leave()
+		goAway()
+		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		if len(order) != 0 || w.waiting.Len() != 2 {
 			t.Errorf("%v entered a full window, %d wait", order, w.waiting.Len())
 		}
-		w.leave(in[0], nil)
+		leave(in[0], nil)
 		waiting.Wait()
-		if len(order) != 2 || order[0] != 0 || order[1] != 2 {
+		if len(order) != 2 || order[0] != 0 || order[1] != 3 {
 			t.Errorf("entered in the order %v", order)
 		}
 		if w.underWay != 5 || w.size <= 6 || w.size > 7 {
 			t.Errorf("%d under way of %v; one answer while it is full makes it a little wider", w.underWay, w.size)
 		}
 		for _, n := range in[1:] {
-			w.leave(n, nil)
+			leave(n, nil)
 		}
-		if w.size != 0 || w.underWay != 0 {
-			t.Errorf("%d under way of %v, when all is over", w.underWay, w.size)
+		if len(ws.byKey) != 0 {
+			t.Error("it is remembered when all is over")
 		}
-		for range 20 { // whatever is asked is refused: one at a time is let through
-			a, b := enter(t.Context()), enter(t.Context())
-			w.leave(a, sigerr.Overloaded)
-			w.leave(b, sigerr.Overloaded)
+	})
+}
+
+// Where every request is refused, one at a time is let through all the same.
+func TestWindowOfOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ws windows
+		var mu sync.Mutex
+		most, now := 0, 0
+		var callers sync.WaitGroup
+		for range 5 {
+			callers.Go(func() {
+				for i := range 20 {
+					ws.do(t.Context(), "k", func() error {
+						mu.Lock()
+						now++
+						if i > 15 { // by then it has become small
+							most = max(most, now)
+						}
+						mu.Unlock()
+						time.Sleep(time.Millisecond)
+						mu.Lock()
+						now--
+						mu.Unlock()
+						return sigerr.Overloaded
+					})
+				}
+			})
+		}
+		callers.Wait()
+		if most != 1 {
+			t.Errorf("%d at a time", most)
 		}
 	})
 }

@@ -84,14 +84,12 @@ const (
 	// silence is how long a token may work without an answer while another has the
 	// key: beyond, and ten times what its requests take.
 	silence = 100 * time.Millisecond
+	// lookEvery is how often a token is asked for registered keys that it does not have, for
+	// an operator may have put them there, and lookFor for how long at a time: some of them, where they
+	// are thousands.
+	lookEvery = 10 * time.Second
+	lookFor   = 500 * time.Millisecond
 )
-
-// lookEvery is how often a token is asked for registered keys that it does not have, for an
-// operator may have put them there, if that takes it less than one part of lookShare of
-// its time.
-var lookEvery = 10 * time.Second
-
-const lookShare = 20
 
 // Fleet is several tokens. It is safe for concurrent use.
 type Fleet struct {
@@ -121,7 +119,7 @@ func Open(ctx context.Context, c Config) (*Fleet, error) {
 	f.closing, f.stop = context.WithCancel(context.WithoutCancel(ctx))
 	tried := make(chan error, len(c.Members))
 	for _, mc := range c.Members {
-		m := &member{Member: mc, f: f, log: f.log.With("token", mc.Name), keys: map[string]location{}, had: map[string]bool{}, retry: make(chan struct{}, 1)}
+		m := &member{Member: mc, f: f, log: f.log.With("token", mc.Name), keys: map[string]location{}, lost: map[string]int{}, retry: make(chan struct{}, 1)}
 		m.breaker.state = Broken
 		f.members = append(f.members, m)
 	}
@@ -177,7 +175,7 @@ func (f *Fleet) Pin(id []byte, public crypto.PublicKey) {
 	f.pins[string(id)] = public
 	for _, m := range f.members {
 		delete(m.keys, string(id))
-		delete(m.had, string(id))
+		delete(m.lost, string(id))
 		m.poke()
 	}
 }
@@ -412,6 +410,9 @@ func (f *Fleet) ReadPIN() error {
 		f.mu.Lock()
 		t := m.token
 		maps.DeleteFunc(m.keys, func(_ string, l location) bool { return l != here })
+		for id := range m.lost {
+			m.lost[id] = 0
+		}
 		f.mu.Unlock()
 		if t != nil {
 			errs = append(errs, t.ReadPIN())

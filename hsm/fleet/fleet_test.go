@@ -126,6 +126,8 @@ func (k *fake) Stats() worker.Stats {
 	return s
 }
 
+func (k *fake) doubted() int { k.mu.Lock(); defer k.mu.Unlock(); return k.doubts }
+
 func (k *fake) count() int { k.mu.Lock(); defer k.mu.Unlock(); return k.signs }
 
 var (
@@ -351,13 +353,16 @@ func TestLooksAgain(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		signs(a, "b has no key")
-		if b.doubts != 0 {
-			t.Errorf("a token that never had the key was doubted %d times", b.doubts)
+		if n := b.doubted(); n != 0 {
+			t.Errorf("a token that never had the key was doubted %d times", n)
 		}
 		set(b, false, has(keyA))
 		time.Sleep(11 * time.Second)
 		a.set(gone())
 		signs(b, "b was given the key")
+		if b.doubted() != 0 {
+			t.Error("a token was doubted that has its key")
+		}
 		a.set(nil)
 		time.Sleep(time.Minute)
 
@@ -367,9 +372,16 @@ func TestLooksAgain(t *testing.T) {
 			t.Error("signed without a key")
 		}
 		b.set(nil)
-		time.Sleep(time.Minute)
-		if a.doubts < 5 || a.doubts > 7 || b.doubts != 0 {
-			t.Errorf("in a minute a, which lost the key, was doubted %d times, b %d times", a.doubts, b.doubts)
+		time.Sleep(time.Hour) // 360 looks
+		if n := a.doubted(); n != 9 || b.doubted() != 0 {
+			t.Errorf("in an hour a, which lost the key, was doubted %d times, and b %d times", n, b.doubted())
+		}
+		if err := f.ReadPIN(); err != nil { // the operator says that something was done
+			t.Error(err)
+		}
+		time.Sleep(11 * time.Second)
+		if n := a.doubted(); n != 10 {
+			t.Errorf("after the operator's word it was doubted %d times more", n-9)
 		}
 		set(a, false, has(keyA))
 		time.Sleep(11 * time.Second)
@@ -378,11 +390,11 @@ func TestLooksAgain(t *testing.T) {
 		b.set(nil)
 		time.Sleep(time.Minute)
 
-		doubts := a.doubts
+		doubts := a.doubted()
 		set(a, false, has(keyB)) // under way: what it signs does not verify
 		f.Doubt([]byte("k"))
-		if a.doubts != doubts+1 || b.doubts != 1 {
-			t.Errorf("doubted %d and %d times", a.doubts-doubts, b.doubts)
+		if a.doubted() != doubts+1 || b.doubted() != 1 {
+			t.Errorf("doubted %d and %d times", a.doubted()-doubts, b.doubted())
 		}
 		signed := a.count()
 		for range 10 {

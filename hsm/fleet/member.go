@@ -35,7 +35,7 @@ type member struct {
 	breaker  breaker
 	err      error // why it does not work
 	keys     map[string]location
-	had      map[string]bool // registered keys that it has or had
+	lost     map[string]int // of each registered key that it has or had: looks at it since it was not there
 	inFlight int
 	took     time.Duration // what a request takes it: of those at a time, a moving average
 	crashes  int           // requests that crashed its workers, since one that did not
@@ -104,10 +104,10 @@ func (m *member) check(ctx context.Context, t Token, id []byte) error {
 		m.keys[string(id)] = absent
 	case err != nil:
 	case equal(want, got):
-		if m.had[string(id)] && m.keys[string(id)] > here {
+		if m.lost[string(id)] > 0 {
 			m.log.Info("the token has a registered key again", slog.String("id", fmt.Sprintf("%x", id)))
 		}
-		m.keys[string(id)], m.had[string(id)] = here, true
+		m.keys[string(id)], m.lost[string(id)] = here, 0
 	default:
 		known := m.keys[string(id)] == other
 		m.keys[string(id)] = other
@@ -204,9 +204,8 @@ func (m *member) keep(ctx context.Context, tried chan<- error) {
 		case <-m.retry:
 			continue
 		case <-look:
-			began := time.Now()
 			m.lookAgain()
-			next = time.Now().Add(max(lookEvery, lookShare*time.Since(began)))
+			next = time.Now().Add(lookEvery)
 		case <-probe:
 			m.probe()
 		case <-m.f.closing.Done():
@@ -330,28 +329,39 @@ func (m *member) checkThese(ctx context.Context, t Token, ids [][]byte) error {
 	return nil
 }
 
-// lookAgain asks the token for the keys that it does not have. Where it had one, what its
-// workers see is in doubt too.
+// lookAgain asks the token for keys that it does not have. Where it had one and still does not
+// have it, what its workers see is in doubt too, ever less often: it may have been taken away
+// for good.
 func (m *member) lookAgain() {
 	f := m.f
+	ctx, cancel := context.WithTimeout(f.closing, lookFor)
+	defer cancel()
 	f.mu.Lock()
 	t := m.token
-	var ids [][]byte
-	var lost []byte
+	var ids [][]byte // in no order: where they are many, others come first next time
 	for id := range f.pins {
-		if m.keys[id] <= here {
-			continue
-		}
-		ids = append(ids, []byte(id))
-		if m.had[id] {
-			lost = []byte(id)
+		if m.keys[id] > here {
+			ids = append(ids, []byte(id))
 		}
 	}
 	f.mu.Unlock()
-	if lost != nil {
-		t.Doubt(lost)
+	m.checkThese(ctx, t, ids) // whose error has opened the breaker
+	var doubt []byte
+	f.mu.Lock()
+	for _, id := range ids {
+		n, had := m.lost[string(id)]
+		if !had || m.keys[string(id)] <= here {
+			continue
+		}
+		if n++; n&(n-1) == 0 { // 1, 2, 4, ...
+			doubt = id
+		}
+		m.lost[string(id)] = n
 	}
-	m.checkThese(f.closing, t, ids) // whose error has opened the breaker
+	f.mu.Unlock()
+	if doubt != nil {
+		t.Doubt(doubt)
+	}
 }
 
 // watch looks for tokens that are silent: whose workers have requests and answer

@@ -6,13 +6,32 @@ import "time"
 // whose files were put back, processes that run may go on without the keys, or with what
 // was there meanwhile, while one that starts finds them. So where a worker says that there
 // is no such key, or signs with another one, all are replaced. The key may indeed be gone,
-// however often it is asked for: their successors are not before they are twice as old.
-var minDoubt = 5 * time.Second
-
+// however often it is asked for: the next time is minDoubt later, then twice that, up to
+// maxDoubt; after forgetDoubt it is as the first.
 const (
+	minDoubt    = 5 * time.Second
 	maxDoubt    = 2 * time.Minute
-	forgetDoubt = 10 * time.Minute // after the last replacement the next one is a first
+	forgetDoubt = 10 * time.Minute
 )
+
+// doubts says when workers were last replaced for that, and for how long they are not.
+type doubts struct {
+	last  time.Time
+	pause time.Duration
+}
+
+// due says whether they are to be replaced now, and takes note that they are.
+func (d *doubts) due(now time.Time) bool {
+	since := now.Sub(d.last)
+	if since < d.pause {
+		return false
+	}
+	if d.pause = min(2*d.pause, maxDoubt); d.pause == 0 || since > forgetDoubt {
+		d.pause = minDoubt
+	}
+	d.last = now
+	return true
+}
 
 // Doubt says that what the token holds under an id is not what is registered. Workers are
 // replaced, for their successors to look anew; called again and again, ever less often.
@@ -24,20 +43,13 @@ func (t *Token) Doubt([]byte) {
 
 // doubt is called with mu held.
 func (t *Token) doubt() {
-	now := time.Now()
-	if now.Sub(t.doubted) > forgetDoubt {
-		t.trusted = minDoubt
+	if !t.doubts.due(time.Now()) {
+		return
 	}
-	replaced := 0
 	for _, p := range t.live {
-		if p.draining || p.why != "" || now.Sub(p.born) < t.trusted {
-			continue
+		if !p.draining && p.why == "" {
+			p.replace(CauseDoubt)
 		}
-		p.replace(CauseToken)
-		replaced++
 	}
-	if replaced > 0 {
-		t.doubted, t.trusted = now, min(2*t.trusted, maxDoubt)
-		t.log.Warn("the token does not hold what is registered, as its workers see it: new ones look again")
-	}
+	t.log.Warn("the token does not hold what is registered, as its workers see it: new ones look again")
 }

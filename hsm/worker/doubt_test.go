@@ -3,6 +3,7 @@ package worker_test
 import (
 	"crypto"
 	"errors"
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -11,59 +12,98 @@ import (
 	"github.com/signwarden/signwarden/hsm/worker"
 )
 
-// Workers are replaced where one does not find a key, and those that come after them not
-// before they are twice as old: the key may be gone for good.
+// Workers are replaced where one does not find a key, all at once, and not again before
+// twice the time has gone by: the key may be gone for good.
 func TestDoubt(t *testing.T) {
-	const first = 200 * time.Millisecond
 	worker.SetReplacePause(t, time.Millisecond)
-	worker.SetMinDoubt(t, first)
-	tok := open(t, newToken(t))
+	c := newToken(t)
+	c.Workers = 4
+	tok := open(t, c)
 	pub := generate(t, tok, "k", "p256")
-	pids := func() (pids []int) {
-		for _, w := range tok.Workers() {
-			pids = append(pids, w.PID)
+	for range 2 {
+		until(t, "four workers serve", func() bool { return len(pids(tok)) == 4 })
+		was := pids(tok)
+		for range 10 {
+			if err := signNow(t, tok, pub, 1); err != nil {
+				t.Error(err)
+			}
 		}
-		slices.Sort(pids)
-		return pids
-	}
-	until(t, "two workers serve", func() bool { return len(pids()) == 2 })
-	miss := func() {
-		t.Helper()
+		if n := replaced(tok, was); n != 0 {
+			t.Errorf("%d workers replaced that found their keys", n)
+		}
 		if _, err := tok.Sign(t.Context(), "", 1, []byte("missing"), digest(1), crypto.SHA256); !errors.Is(err, hsm.ErrNotFound) {
 			t.Errorf("got %v, want ErrNotFound", err)
 		}
+		until(t, "all are replaced", func() bool { return replaced(tok, was) == 4 })
+		worker.ForgetDoubts(tok)
 	}
-	replaced := func(was []int) (n int) {
-		for _, pid := range was {
-			if !slices.Contains(pids(), pid) {
-				n++
-			}
-		}
-		return n
+	// And where their signatures are somebody else's.
+	until(t, "four workers serve", func() bool { return len(pids(tok)) == 4 })
+	was := pids(tok)
+	tok.Doubt(nil)
+	until(t, "all are replaced", func() bool { return replaced(tok, was) == 4 })
+	if err := signNow(t, tok, pub, 1); err != nil {
+		t.Error(err)
 	}
-	time.Sleep(2 * first)
-	was := pids()
-	for range 10 {
+}
+
+// Where the token has no session for a successor, who is in doubt ends first.
+func TestDoubtWithoutSession(t *testing.T) {
+	for _, workers := range []int{1, 2} {
+		worker.SetReplacePause(t, time.Millisecond)
+		tok, m, pub := faultyToken(t, func(c *worker.Config) { c.Sessions, c.Workers = 1, workers })
+		until(t, "each worker has a session and one for the login", func() bool { return m.Sessions() == 2*workers })
+		m.Set(t, fmt.Sprintf("sessions_total %d", 2*workers))
+		was := pids(tok)
+		starts := m.Calls("C_Initialize")
+		tok.Doubt(nil)
+		until(t, "all are replaced", func() bool { return replaced(tok, was) == workers && len(pids(tok)) == workers })
 		if err := signNow(t, tok, pub, 1); err != nil {
 			t.Error(err)
 		}
+		if n := m.Calls("C_Initialize") - starts; n > 4*workers {
+			t.Errorf("%d processes started for %d workers", n, workers)
+		}
 	}
-	if n := replaced(was); n != 0 {
-		t.Errorf("%d workers replaced that found their keys", n)
+}
+
+func pids(tok *worker.Token) (pids []int) {
+	for _, w := range tok.Workers() {
+		pids = append(pids, w.PID)
 	}
-	began := time.Now()
-	until(t, "both are replaced", func() bool { miss(); return replaced(was) == 2 })
-	until(t, "two workers serve", func() bool { return len(pids()) == 2 })
-	was = pids()
-	until(t, "both are replaced", func() bool { miss(); return replaced(was) == 2 })
-	if took := time.Since(began); took < 2*first {
-		t.Errorf("replaced again after %v", took)
+	return pids
+}
+
+// replaced is how many of these serve no more.
+func replaced(tok *worker.Token, was []int) (n int) {
+	now := pids(tok)
+	for _, pid := range was {
+		if !slices.Contains(now, pid) {
+			n++
+		}
 	}
-	// And whose signatures are somebody else's.
-	until(t, "two workers serve", func() bool { return len(pids()) == 2 })
-	was = pids()
-	until(t, "both are replaced", func() bool { tok.Doubt(nil); return replaced(was) == 2 })
-	if err := signNow(t, tok, pub, 1); err != nil {
-		t.Error(err)
+	return n
+}
+
+// The pauses: 5 s, then twice as long, up to 2 minutes; forgotten after 10.
+func TestDoubtPauses(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	var got []time.Duration
+	last := now
+	due := worker.Doubts()
+	for range 3600 { // asked once a second
+		if due(now) {
+			got = append(got, now.Sub(last))
+			last = now
+		}
+		now = now.Add(time.Second)
+	}
+	want := []time.Duration{0, 5 * time.Second, 10 * time.Second, 20 * time.Second, 40 * time.Second, 80 * time.Second, 2 * time.Minute, 2 * time.Minute}
+	if len(got) < len(want) || !slices.Equal(got[:len(want)], want) {
+		t.Errorf("pauses %v, want %v and so on", got, want)
+	}
+	now = now.Add(11 * time.Minute)
+	if !due(now) || due(now.Add(4*time.Second)) || !due(now.Add(5*time.Second)) {
+		t.Error("what was 11 minutes ago is not forgotten")
 	}
 }

@@ -20,11 +20,13 @@ func SetReplacePause(t *testing.T, d time.Duration) {
 	t.Cleanup(func() { replacePause = was })
 }
 
-// SetMinDoubt changes the age of the first worker that is replaced where a key is not found.
-func SetMinDoubt(t *testing.T, d time.Duration) {
-	was := minDoubt
-	minDoubt = d
-	t.Cleanup(func() { minDoubt = was })
+// ForgetDoubts has the next doubt be as the first.
+func ForgetDoubts(tok *Token) { Locked(tok, func() { tok.doubts = doubts{} }) }
+
+// Doubts says of times, in order, whether workers that are in doubt at each are replaced.
+func Doubts() func(time.Time) bool {
+	d := &doubts{}
+	return d.due
 }
 
 // Locked calls f while nobody looks at what workers do.

@@ -12,13 +12,14 @@ const (
 	CauseLent     Cause = "lend"    // an act that writes needed its sessions
 	CauseRecycled Cause = "recycle" // it was old, or had answered enough
 	CauseToken    Cause = "token"   // its token did not work
+	CauseDoubt    Cause = "doubt"   // it did not see what is registered
 	CauseLogin    Cause = "login"   // its login was lost
 	CauseStart    Cause = "start"   // it was to replace another one, and could not log in
 	CauseClosed   Cause = "close"   // nobody needs it any more
 )
 
 // Causes is every Cause.
-var Causes = []Cause{CauseCrashed, CauseHung, CauseStalled, CauseLent, CauseRecycled, CauseToken, CauseLogin, CauseStart, CauseClosed}
+var Causes = []Cause{CauseCrashed, CauseHung, CauseStalled, CauseLent, CauseRecycled, CauseToken, CauseDoubt, CauseLogin, CauseStart, CauseClosed}
 
 // Observer is told how long requests to sign take, and of the end of workers.
 // Its methods return at once: the first is called with a lock held.

@@ -274,7 +274,7 @@ func (t *Token) succeed(p *process) *process {
 	q, err := t.start(t.closing, modeSign)
 	if err != nil {
 		t.mu.Lock()
-		refused, draining := t.refused != nil, p.draining
+		refused, draining := t.refused != nil, p.draining || t.makesRoom(p, err)
 		t.mu.Unlock()
 		if draining || t.closing.Err() != nil {
 			t.end(p)
@@ -290,13 +290,30 @@ func (t *Token) succeed(p *process) *process {
 		if late {
 			t.hurryFailed = p.born
 		}
-		p.replace(p.why)
+		if p.why == CauseDoubt {
+			p.why = "" // the next doubt asks for it
+		} else {
+			p.replace(p.why)
+		}
 		t.mu.Unlock()
 		return p
 	}
 	t.admit(q)
 	t.running.Go(func() { t.end(p) }) // which may take CallTimeout, and q wants its keeper
 	return q
+}
+
+// makesRoom says whether p is to end first, where the token has no session for its successor:
+// while another one serves, or because what p sees may be wrong. It drains then. mu is held.
+func (t *Token) makesRoom(p *process, err error) bool {
+	e, ok := errors.AsType[*hsm.Error](err)
+	if !ok || !e.NoSession() {
+		return false
+	}
+	was := p.draining
+	p.draining = true
+	p.draining = was || p.why == CauseDoubt || t.serving()
+	return p.draining
 }
 
 // due waits until p is old enough to be replaced. It returns false where p is

@@ -168,8 +168,7 @@ type Token struct {
 
 	hurriedAt, hurryFailed time.Time // when a successor of one that stalls was last started, and did not come up
 
-	trusted time.Duration // the age at which a worker is replaced that does not find a key
-	doubted time.Time     // when one last was
+	doubts doubts // of what workers see of the token
 }
 
 // Open starts a first worker and returns when it is logged in; the others
