@@ -250,6 +250,29 @@ func TestTokenComesLate(t *testing.T) {
 	g.tells(t, `signwarden_token_other_keys{token="a"} 0`, `signwarden_token_other_keys{token="b"} 1`)
 }
 
+// A key is deleted in one of two tokens, under load, and the token is put back: nobody is
+// refused, and it is found there again without a word to the gateway, whatever its workers
+// saw meanwhile.
+func TestTokenLosesKey(t *testing.T) {
+	g, modules := twoTokens(t)
+	tokens := filepath.Join(g.dir, "b", "tokens")
+	copyAll(t, tokens, tokens+".backup")
+	g.serve(t)
+	f := startFlow(t, g.client(t, "admin"), 8)
+	defer func() { f.stop.Store(true); f.wg.Wait() }()
+	signs := func() {
+		t.Helper()
+		before := modules[1].Calls("C_Sign")
+		until(t, "the second token signs", func() bool { return modules[1].Calls("C_Sign") >= before+100 })
+	}
+	signs()
+	g.deleteKey(t, "b", keyID(t, g, "rel"))
+	g.tells(t, `signwarden_token_keys{token="b"} 0`, `signwarden_token_up{token="b"} 1`)
+	copyAll(t, tokens+".backup", tokens)
+	signs()
+	g.tells(t, `signwarden_token_keys{token="b"} 1`)
+}
+
 // tells waits until /metrics has each of these lines.
 func (g *gateway) tells(t *testing.T, lines ...string) {
 	t.Helper()

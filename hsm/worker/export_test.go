@@ -40,6 +40,15 @@ func Locked(tok *Token, f func()) {
 // as slow before.
 func NeverLate(tok *Token) { Locked(tok, func() { tok.slowest = time.Hour }) }
 
+// Cheap has each key that was signed with cost 100 µs, as on a machine that does nothing else.
+func Cheap(tok *Token) {
+	Locked(tok, func() {
+		for _, p := range tok.prices {
+			p.d = 100 * time.Microsecond
+		}
+	})
+}
+
 // Flushed says whether workers can read all that they were given.
 func Flushed(tok *Token) (flushed bool) {
 	Locked(tok, func() {

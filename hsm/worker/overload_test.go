@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -25,9 +26,7 @@ func stopped(t *testing.T, c worker.Config) (*worker.Token, func()) {
 	tok := open(t, c)
 	generate(t, tok, "k", "p256")
 	pid := tok.Workers()[0].PID
-	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	stop(t, pid)
 	resume := sync.OnceFunc(func() {
 		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 			t.Error(err)
@@ -35,6 +34,22 @@ func stopped(t *testing.T, c worker.Config) (*worker.Token, func()) {
 	})
 	t.Cleanup(resume)
 	return tok, resume
+}
+
+// stop stops a process, and returns when each of its threads has stopped: until the first
+// has taken the signal the others go on.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "all its threads have stopped", func() bool {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		return err == nil && len(stats) > 0 && !slices.ContainsFunc(stats, func(name string) bool {
+			b, err := os.ReadFile(name)
+			return err == nil && !strings.Contains(string(b), ") T ")
+		})
+	})
 }
 
 // Somebody who floods the token is served in turn with others, by weight.
@@ -136,16 +151,21 @@ func TestUrgent(t *testing.T) {
 		}
 	}
 	const warm, n = 50, 200
-	for range warm { // until it is known what one takes
+	for range warm { // so that the key has a price
 		sign("flood", 1)
 	}
+	worker.Cheap(tok)
 	worker.NeverLate(tok)
 	pid := tok.Workers()[0].PID
-	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	stop(t, pid)
 	resume := sync.OnceFunc(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
 	defer resume()
+	goOn := func() {
+		if err := os.WriteFile(filepath.Join(c.Env["COUNT_DIR"], "Sign.go"), nil, 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	defer goOn()
 	order(t, c, "Sign", "wait")
 	var wg sync.WaitGroup
 	for range n {
@@ -169,9 +189,7 @@ func TestUrgent(t *testing.T) {
 	if got := tok.Stats().InFlight; got != has+1 {
 		t.Errorf("the worker has %d, want %d", got, has+1)
 	}
-	if err := os.WriteFile(filepath.Join(c.Env["COUNT_DIR"], "Sign.go"), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	goOn()
 	wg.Wait()
 	b, err := os.ReadFile(filepath.Join(c.Env["COUNT_DIR"], "calls"))
 	if err != nil {

@@ -261,7 +261,9 @@ func TestIdleWorkerDiesToo(t *testing.T) {
 				}
 			}
 		}
-		signal(syscall.SIGSTOP)
+		for _, w := range workers {
+			stop(t, w.PID)
+		}
 		signed := make(chan error)
 		go func() { signed <- signNow(t, tok, pub, n) }()
 		until(t, "one has it", func() bool { ws := tok.Workers(); return ws[0].InFlight+ws[1].InFlight == 1 })
@@ -287,9 +289,7 @@ func TestEvict(t *testing.T) {
 	pub := generate(t, tok, "k", "p256")
 	generate(t, tok, "other", "p256")
 	for _, w := range tok.Workers() {
-		if err := syscall.Kill(w.PID, syscall.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
+		stop(t, w.PID)
 	}
 	ours := errors.New("evicted")
 	stays, goes := make(chan error), make(chan error)
