@@ -175,7 +175,7 @@ func TestSlowLogins(t *testing.T) {
 	end := signing(t, tok, pub)
 	until(t, "it signs", func() bool { return m.Calls("C_Sign") > 200 })
 	before := m.Calls("C_Login")
-	m.Set(t, "C_Sign every=50 delay=2000")
+	m.Set(t, "C_Sign every=50 delay=2500")
 	until(t, "some were slow", func() bool { return m.Injected(0) >= 8 })
 	first := m.Calls("C_Login") - before
 	until(t, "many were slow", func() bool { return m.Injected(0) >= 16 })
