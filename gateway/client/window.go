@@ -37,14 +37,10 @@ func (ws *windows) do(ctx context.Context, key string, f func() error) error {
 	if err != nil {
 		return err
 	}
-	err = errLost
 	defer func() { ws.leave(w, key, number, err) }()
 	err = f()
 	return err
 }
-
-// errLost is of a request that has no outcome, since it panicked.
-var errLost = errors.New("no outcome")
 
 func (ws *windows) enter(ctx context.Context, key string) (*window, int64, error) {
 	ws.mu.Lock()

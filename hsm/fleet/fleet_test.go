@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/ed25519"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -28,7 +29,8 @@ type fake struct {
 	since  time.Time
 	asked  int // whatever
 	doubts int
-	noKey  bool // Sign finds none
+	slow   time.Duration // of PublicKey
+	noKey  bool          // Sign finds none
 }
 
 func newFake(keys map[string]crypto.PublicKey) *fake {
@@ -77,6 +79,7 @@ func (k *fake) PublicKey(_ context.Context, id []byte) (crypto.PublicKey, error)
 	if err := k.call(); err != nil {
 		return nil, err
 	}
+	time.Sleep(k.slow)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if p := k.public[string(id)]; p != nil {
@@ -402,6 +405,29 @@ func TestLooksAgain(t *testing.T) {
 		}
 		if a.count() != signed {
 			t.Error("a token was used that has another key")
+		}
+	})
+}
+
+// A token that lacks a thousand keys is asked for them for half a second in ten.
+func TestLooksInSlices(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newFake(has(keyA)), newFake(nil)
+		b.slow = 10 * time.Millisecond
+		f := open(t, a, b)
+		defer f.Close()
+		for i := range 1000 {
+			f.Pin(fmt.Append(nil, i), keyB)
+		}
+		time.Sleep(30 * time.Second) // each is asked for once, as it is pinned
+		b.mu.Lock()
+		before := b.asked
+		b.mu.Unlock()
+		time.Sleep(time.Minute)
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if n := b.asked - before; n < 4*50 || n > 6*51 { // one is under way when the time is over
+			t.Errorf("asked %d times in a minute", n)
 		}
 	})
 }

@@ -67,6 +67,28 @@ func TestDoubtWithoutSession(t *testing.T) {
 	}
 }
 
+// A worker that is old ends before its successor has a session only while another serves.
+func TestRecycledWithoutSession(t *testing.T) {
+	worker.SetReplacePause(t, time.Millisecond)
+	for _, workers := range []int{1, 2} {
+		tok, m, pub := faultyToken(t, func(c *worker.Config) { c.Sessions, c.Workers, c.RecycleOps = 1, workers, 100 })
+		until(t, "each worker has a session and one for the login", func() bool { return m.Sessions() == 2*workers })
+		m.Set(t, fmt.Sprintf("sessions_total %d", 2*workers))
+		was, starts := pids(tok), m.Calls("C_Initialize")
+		end := signing(t, tok, pub)
+		until(t, "a successor was tried", func() bool { return m.Calls("C_Initialize") > starts })
+		if workers > 1 {
+			until(t, "one is replaced", func() bool { return replaced(tok, was) > 0 && len(pids(tok)) == workers })
+		}
+		signed := m.Calls("C_Sign")
+		until(t, "it signs on", func() bool { return m.Calls("C_Sign") > signed+500 })
+		if workers == 1 && replaced(tok, was) > 0 {
+			t.Error("the only worker ended before it had a successor")
+		}
+		end()
+	}
+}
+
 func pids(tok *worker.Token) (pids []int) {
 	for _, w := range tok.Workers() {
 		pids = append(pids, w.PID)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/signwarden/signwarden/hsm"
@@ -310,9 +311,7 @@ func (t *Token) makesRoom(p *process, err error) bool {
 	if !ok || !e.NoSession() {
 		return false
 	}
-	was := p.draining
-	p.draining = true
-	p.draining = was || p.why == CauseDoubt || t.serving()
+	p.draining = p.why == CauseDoubt || slices.ContainsFunc(t.live, func(q *process) bool { return q != p && !q.draining })
 	return p.draining
 }
 
