@@ -81,7 +81,7 @@ func TestRecycledWithoutSession(t *testing.T) {
 			until(t, "one is replaced", func() bool { return replaced(tok, was) > 0 && len(pids(tok)) == workers })
 		}
 		signed := m.Calls("C_Sign")
-		until(t, "it signs on", func() bool { return m.Calls("C_Sign") > signed+500 })
+		until(t, "it signs on, and more were tried", func() bool { return m.Calls("C_Sign") > signed+500 && m.Calls("C_Initialize") > starts+3 })
 		if workers == 1 && replaced(tok, was) > 0 {
 			t.Error("the only worker ended before it had a successor")
 		}
